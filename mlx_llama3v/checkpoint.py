@@ -1,0 +1,369 @@
+"""Model directories, SigLIP checkpoints and runs: found, loaded strictly, and written whole or not at all.
+
+Loading compares every name and shape before anything is set, and one error names all that differs. Saving builds
+a directory beside its place and renames it, so that an interrupted command leaves the old one untouched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_llama3v.compat import linear_to_lora_layers
+from mlx_llama3v.config import ImageConfig, ModelConfig, SiglipTextConfig, VisionConfig, known
+from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.model import Llama3V, quantize_decoder
+from mlx_llama3v.platform import device_name
+from mlx_llama3v.tensors import (
+    SHARD_BYTES,
+    load_file,
+    load_into,
+    mismatches,
+    parameters,
+    read_json,
+    read_tensors,
+    refuse,
+    save_safetensors_atomic,
+    sync,
+    write_shards,
+    write_text,
+)
+from mlx_llama3v.text.siglip import SiglipTokenizer
+from mlx_llama3v.vision.siglip import SiglipModel, VisionTower, sanitize
+
+__all__ = [
+    "Siglip",
+    "load_config",
+    "load_model",
+    "load_run",
+    "load_siglip",
+    "load_tower",
+    "read_model",
+    "resolve",
+    "save_model",
+    "save_safetensors_atomic",
+]
+
+# What a checkpoint consists of, beside weights: also what is copied, and what may be replaced.
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "spiece.model",
+    "chat_template*", "generation_config.json",
+)  # fmt: skip
+LEGAL_FILES = ("LICENSE*", "USE_POLICY*", "NOTICE*")
+MODEL_FILES = ("config.json", "preprocessor_config.json", "processor_config.json", "model*.safetensors*")
+_OURS = (*MODEL_FILES, *TOKENIZER_FILES, *LEGAL_FILES, "README.md", "siglip", ".*")
+_ELSEWHERE = ["original/*", "onnx/*", "openvino/*", "gguf/*", "checkpoint*/*", "runs/*"]
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+# Names in a model directory <-> names of transformers' SiglipModel, which vision/siglip.py keeps.
+SIGLIP_NAMES = {"vision_model.": "vision_tower.", "text_model.": "text_tower.", "logit_": "logit_"}
+
+
+def resolve(path_or_repo: str | Path, offline: bool = False) -> Path:
+    """The directory of a checkpoint: an existing local path wins, else the Hub's cache, else the Hub.
+
+    `offline` or HF_HUB_OFFLINE=1 never touches the network. Only safetensors, JSON and tokenizer files are
+    fetched. Raises CheckpointError.
+    """
+    path, name = Path(path_or_repo).expanduser(), str(path_or_repo)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path} is a file; expected a checkpoint directory or a Hub id (owner/name).")
+    if not _REPOSITORY.fullmatch(name):
+        raise CheckpointError(f"{name} is neither an existing directory nor a Hub id (owner/name).")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    wanted = ["*.safetensors", "*.json", *TOKENIZER_FILES, *LEGAL_FILES]
+    try:
+        found = snapshot_download(
+            name, allow_patterns=wanted, ignore_patterns=_ELSEWHERE, local_files_only=offline
+        )
+    except LocalEntryNotFoundError as error:
+        why = "offline mode is on" if offline else "the Hub cannot be reached"
+        raise CheckpointError(f"{name} is not a directory, not in the Hub's cache, and {why}.") from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(
+            f"{name} is not a directory and cannot be fetched: {_first_line(error)}"
+        ) from error
+    return Path(found)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def load_config(directory: str | Path) -> ModelConfig:
+    """`config.json` of a model directory, strictly read. Raises CheckpointError."""
+    path = resolve(directory) / "config.json"
+    return ModelConfig.from_dict(read_json(path), str(path))
+
+
+def read_model(directory: str | Path) -> Llama3V:
+    """Projector and decoder as stored: lazy tensors, no dtype changed. For whoever writes them again.
+
+    Raises CheckpointError with all missing, unexpected and wrong-shaped tensors.
+    """
+    directory = resolve(directory)
+    config = load_config(directory)
+    model = Llama3V(config)
+    weights = model.sanitize(read_tensors(directory, ("projector.", "language_model.")))
+    if config.quantization:
+        quantize_decoder(
+            model,
+            bits=config.quantization["bits"],
+            group_size=config.quantization["group_size"],
+            stored=weights,
+        )
+    load_into(model, weights, directory)
+    model.eval()
+    return model
+
+
+def load_model(directory: str | Path, dtype: str | mx.Dtype | None = None) -> Llama3V:
+    """Projector and decoder, ready to compute.
+
+    `dtype` is the decoder's; by default the stored one, but float32 on CPU, where 16-bit products are two orders
+    of magnitude slower. The projector stays float32.
+    """
+    model = read_model(directory)
+    _cast(model.language_model, dtype)
+    mx.eval(model.parameters())
+    return model
+
+
+def load_tower(directory: str | Path, dtype: str | mx.Dtype | None = None) -> VisionTower:
+    """The vision tower of a model directory; `dtype` as in `load_model`. Raises CheckpointError."""
+    directory = resolve(directory)
+    tower = VisionTower(load_config(directory).vision_config)
+    weights = read_tensors(directory, ("vision_tower.",))
+    if not weights:
+        raise CheckpointError(f"{directory} holds no vision tower (vision_tower.*); it can only read text.")
+    load_into(tower, weights, directory, "vision_tower.")
+    _cast(tower, dtype)
+    mx.eval(tower.parameters())
+    return tower
+
+
+@dataclass(frozen=True)
+class Siglip:
+    """A whole SigLIP: what scoring a picture against texts needs."""
+
+    model: SiglipModel
+    tokenizer: SiglipTokenizer
+    vision: VisionConfig
+    text: SiglipTextConfig
+    image: ImageConfig
+
+
+def load_siglip(directory: str | Path, dtype: str | mx.Dtype | None = None) -> Siglip:
+    """Both towers and the text tokenizer, from a model directory that kept them or a Hugging Face SigLIP.
+
+    `dtype` as in `load_model`. Raises CheckpointError, also where there is no text tower.
+    """
+    directory = resolve(directory)
+    if read_json(directory / "config.json").get("model_type") == "llama3v":
+        config = load_config(directory)
+        vision, text, image = config.vision_config, config.siglip_text_config, config.image
+        tokenizer_files = directory / "siglip"
+        weights = {}
+        for theirs, ours in SIGLIP_NAMES.items():
+            stored = read_tensors(directory, (ours,))
+            weights.update({theirs + name.removeprefix(ours): value for name, value in stored.items()})
+    else:
+        vision, text, image = read_siglip_config(directory)
+        tokenizer_files, weights = directory, sanitize(read_tensors(directory))
+    if text is None:
+        raise CheckpointError(f"{directory} has no SigLIP text tower; expected a full SigLIP checkpoint.")
+    model = SiglipModel(vision, text)
+    load_into(model, weights, directory)
+    tokenizer = SiglipTokenizer(tokenizer_files, text.max_position_embeddings)
+    _cast(model, dtype)
+    mx.eval(model.parameters())
+    return Siglip(model, tokenizer, vision, text, image)
+
+
+def read_siglip_config(directory: Path) -> tuple[VisionConfig, SiglipTextConfig | None, ImageConfig]:
+    """Configuration of a Hugging Face SigLIP; no text part where only the vision tower was saved.
+
+    Files leave defaults out, and transformers 5 may keep the pixel settings in processor_config.json, which then
+    wins. Raises CheckpointError where they are nowhere: SigLIP 1 and 2 differ in them.
+    """
+    config = read_json(directory / "config.json")
+    vision, text = config.get("vision_config", config), config.get("text_config")
+    values: dict[str, Any] | None = None
+    if (directory / "processor_config.json").is_file():
+        values = read_json(directory / "processor_config.json").get("image_processor")
+    if values is None:
+        values = read_json(directory / "preprocessor_config.json")
+    image = known(ImageConfig, values)
+    for key in ("image_mean", "image_std"):
+        if key in image:
+            image[key] = tuple(image[key]) if isinstance(image[key], list) else (image[key],) * 3
+    if values.get("do_rescale") is False:
+        image["rescale_factor"] = 1.0
+    if values.get("do_normalize") is False:
+        image.update(image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0))
+    return (
+        VisionConfig(**known(VisionConfig, vision)),
+        None if text is None else SiglipTextConfig(**known(SiglipTextConfig, text)),
+        ImageConfig(**image),
+    )
+
+
+def _cast(module: nn.Module, dtype: str | mx.Dtype | None) -> None:
+    """Set the dtype of all floating parameters; None keeps them, except on CPU (see `load_model`)."""
+    if dtype is None and device_name() == "cpu":
+        dtype = mx.float32
+    if dtype is not None:
+        module.set_dtype(parse_dtype(dtype))
+
+
+def parse_dtype(dtype: str | mx.Dtype) -> mx.Dtype:
+    """'float32', 'float16' or 'bfloat16' -> MLX's. Raises CheckpointError for others."""
+    names = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+    if isinstance(dtype, mx.Dtype) and dtype in names.values():
+        return dtype
+    if str(dtype) not in names:
+        raise CheckpointError(f"dtype is {dtype!r}, expected one of {', '.join(names)}.")
+    return names[str(dtype)]
+
+
+def load_run(model: Llama3V, run_dir: str | Path) -> None:
+    """Apply what a run trained: `projector.safetensors` and/or `adapters.safetensors` with its configuration.
+
+    Projector tensors carry `Projector`'s own names; adapter tensors those of the decoder with its LoRA or DoRA
+    layers, as mlx-lm writes them (a leading `language_model.` is allowed). Raises one CheckpointError that names
+    every tensor which is missing, unexpected or of the wrong shape.
+    """
+    run = Path(run_dir).expanduser()
+    projector, adapters = run / "projector.safetensors", run / "adapters.safetensors"
+    if not projector.is_file() and not adapters.is_file():
+        raise CheckpointError(
+            f"{run} is not a run; expected projector.safetensors or adapters.safetensors in it."
+        )
+    phrases: list[str] = []
+    learned: list[tuple[str, mx.array]] = []
+    if projector.is_file():
+        weights = load_file(projector)
+        phrases += [f"projector: {text}" for text in mismatches(parameters(model.projector), weights)]
+        learned += [(f"projector.{name}", value) for name, value in weights.items()]
+    if adapters.is_file():
+        prefix = "language_model."
+        weights = {name.removeprefix(prefix): value for name, value in load_file(adapters).items()}
+        _add_adapters(model.language_model, run / "adapter_config.json")
+        added = {
+            name: value
+            for name, value in parameters(model.language_model).items()
+            if name.rpartition(".")[2] in ("lora_a", "lora_b", "m")
+        }
+        phrases += [f"adapters: {text}" for text in mismatches(added, weights)]
+        learned += [(prefix + name, value) for name, value in weights.items()]
+    refuse(phrases, run)
+    model.load_weights(learned, strict=False)
+    model.eval()
+    mx.eval(model.parameters())
+
+
+def _add_adapters(decoder: nn.Module, config_file: Path) -> None:
+    """Wrap the layers that `adapter_config.json` names."""
+    config = read_json(config_file)
+    lora = config.get("lora_parameters")
+    lora = lora if isinstance(lora, dict) else {}
+    missing = [key for key in ("num_layers", "lora_parameters") if key not in config]
+    missing += [f"lora_parameters.{key}" for key in ("rank", "scale", "dropout") if key not in lora]
+    if missing:
+        raise CheckpointError(f"{config_file}: {', '.join(missing)} is missing.")
+    kind = config.get("fine_tune_type", "lora")
+    if kind not in ("lora", "dora"):
+        raise CheckpointError(f"{config_file}: fine_tune_type is {kind!r}, expected 'lora' or 'dora'.")
+    linear_to_lora_layers(decoder, config["num_layers"], lora, use_dora=kind == "dora")
+
+
+def check_output(directory: str | Path) -> Path:
+    """The absolute path of an output directory, if it may be written: absent, empty, or a model directory of ours.
+
+    Raises CheckpointError otherwise, also where a model directory holds files that saving does not write: they
+    would be lost.
+    """
+    path = Path(directory).expanduser().resolve()
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path} is a file; expected a directory to write the model to.")
+    names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    if not names:
+        return path
+    config = path / "config.json"
+    if not config.is_file() or read_json(config).get("model_type") != "llama3v":
+        raise CheckpointError(
+            f"{path} is not empty and not a model directory of ours; it is not overwritten."
+        )
+    foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in _OURS)]
+    if foreign:
+        raise CheckpointError(
+            f"{path} also holds {', '.join(foreign)}; move that away, it would be overwritten."
+        )
+    return path
+
+
+@contextmanager
+def replacing(directory: str | Path) -> Iterator[Path]:
+    """A new, empty directory beside `directory` that takes its place when the block ends without an error."""
+    target = check_output(directory)
+    partial = target.with_name(
+        f".{target.name}.partial"
+    )  # a fixed name: the next run clears what a killed one left
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    old = target.with_name(f".{target.name}.old")
+    try:
+        yield partial
+        sync(partial)
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(partial, target)
+        sync(target.parent)
+    finally:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def save_model(
+    directory: str | Path,
+    config: ModelConfig,
+    weights: Iterable[tuple[str, mx.array]],
+    *,
+    files: Mapping[str, Path | str] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    written: Callable[[int], None] | None = None,
+) -> None:
+    """Write a model directory, atomically, replacing one of ours.
+
+    `weights` is consumed as a stream (names as in the directory); `files` maps further names to a file to copy or
+    a text to write; `written` is called with the bytes of each tensor. Raises CheckpointError (see `check_output`).
+    """
+    with replacing(directory) as partial:
+        write_shards(partial, weights, shard_bytes, written)
+        for name, content in (files or {}).items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            if isinstance(content, Path):
+                shutil.copyfile(content, partial / name)
+                sync(partial / name)
+            else:
+                write_text(partial / name, content)
+        write_text(partial / "config.json", json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")

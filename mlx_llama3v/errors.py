@@ -1,0 +1,34 @@
+"""The errors that a user can cause and mend: one clear sentence each, naming what was given and expected.
+
+Commands print them without a traceback and exit with status 1; anything else that escapes is a bug.
+"""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something a user can mend. The message is one sentence that names the file or value and what to do."""
+
+
+class ImageError(UserError):
+    """A picture that cannot be read: broken, not an image, over the pixel limit."""
+
+
+class CheckpointError(UserError):
+    """A model directory or checkpoint that is missing, incomplete, of the wrong kind or shape."""
+
+
+class DataError(UserError):
+    """A data file that cannot be used: bad JSON, an unknown schema, a missing image."""
+
+
+class StoreError(UserError):
+    """An embedding store that is missing, damaged, or was made with another encoder or tiling."""
+
+
+class RunError(UserError):
+    """A training run that cannot start or go on: settings that clash, an incomplete checkpoint."""
+
+
+class ContextError(UserError):
+    """A conversation that cannot be answered: too long, an image without visual tokens, no user turn."""

@@ -1,0 +1,106 @@
+"""Llama3V: the projector, mlx-lm's Llama, and the merge of their vectors. No tokenizer, no I/O.
+
+The merge is a gather and a select (`mx.take` + `mx.where`): it batches, compiles and differentiates, while
+`x[:, positions] = ...` mixes the rows of a batch and has no gradient in MLX 0.32. The decoder never gets a
+padding mask, which would replace the causal one: pad rows at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_llama3v.compat import LlamaArgs, LlamaModel
+from mlx_llama3v.config import ModelConfig, llama_config
+from mlx_llama3v.projector import Projector
+
+
+class Llama3V(nn.Module):
+    """A Llama decoder that takes visual tokens; `config` says what it is made of."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.projector = Projector(config.projector_config)
+        self.language_model = LlamaModel(LlamaArgs.from_dict(llama_config(config.text_config)))
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder's blocks (where mlx-lm looks for LoRA targets)."""
+        return self.language_model.layers
+
+    def make_cache(self) -> list[Any]:
+        """An empty KV cache, one entry a block."""
+        return self.language_model.make_cache()
+
+    def embed(
+        self,
+        ids: mx.array,
+        source: mx.array | None = None,
+        patches: mx.array | None = None,
+        grid: mx.array | None = None,
+        num_tokens: int = 0,
+    ) -> mx.array:
+        """ids and source [B, L], patches [S, P, D_v], grid [S, 2] -> the decoder's input vectors [B, L, D].
+
+        `source` is 0 for the id's own embedding, 1..8 for a marker, 9 + n for entry n of the batch's
+        projected visual tokens, flattened to [S * num_tokens, D]. Without a source all is text.
+        """
+        text = self.language_model.model.embed_tokens(ids)
+        if source is None:
+            return text
+        table = self.projector.markers.astype(text.dtype)
+        if patches is not None and grid is not None:
+            visual = self.projector(patches.astype(text.dtype), grid, num_tokens)
+            table = mx.concatenate([table, visual.reshape(-1, table.shape[-1])])
+        other = mx.take(table, mx.maximum(source - 1, 0), axis=0)
+        return mx.where((source > 0)[..., None], other, text)
+
+    def hidden(
+        self, inputs: mx.array, cache: list[Any] | None = None, input_embeddings: mx.array | None = None
+    ) -> mx.array:
+        """ids [B, L], or vectors [B, L, D] in their place -> states after the final norm [B, L, D]."""
+        return self.language_model.model(inputs, cache, input_embeddings)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """States [..., D] -> logits [..., V]; give it only the rows that are needed."""
+        if self.language_model.args.tie_word_embeddings:
+            return self.language_model.model.embed_tokens.as_linear(hidden)
+        return self.language_model.lm_head(hidden)
+
+    def __call__(
+        self, inputs: mx.array, cache: list[Any] | None = None, input_embeddings: mx.array | None = None
+    ) -> mx.array:
+        """ids [B, L], or vectors [B, L, D] in their place -> logits [B, L, V]; mlx-lm's own signature."""
+        return self.logits(self.hidden(inputs, cache, input_embeddings))
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Drop what Llama files may carry and no module has: rotary tables, and the head where it is tied."""
+        tied = self.language_model.args.tie_word_embeddings
+        unused = ("language_model.lm_head.",) if tied else ()
+        return {
+            name: value
+            for name, value in weights.items()
+            if not name.endswith("rotary_emb.inv_freq") and not name.startswith(unused)
+        }
+
+
+def quantize_decoder(
+    model: Llama3V, *, bits: int = 4, group_size: int = 64, stored: Container[str] | None = None
+) -> dict[str, Any]:
+    """Quantize the decoder's linear layers and embedding in place; the projector stays float32.
+
+    `stored`: tensor names of a quantized checkpoint; only layers that have scales there are converted.
+    Returns what `ModelConfig.quantization` keeps. Layers whose width is no multiple of `group_size` are left.
+    """
+
+    def wanted(path: str, module: nn.Module) -> bool:
+        if not path.startswith("language_model.") or not hasattr(module, "to_quantized"):
+            return False
+        return module.weight.shape[-1] % group_size == 0 and (stored is None or f"{path}.scales" in stored)
+
+    nn.quantize(model, group_size, bits, class_predicate=wanted)
+    return {"group_size": group_size, "bits": bits, "mode": "affine"}

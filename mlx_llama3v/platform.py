@@ -1,0 +1,112 @@
+"""Device, dtype and BLAS policy: the one place where machines differ.
+
+Why: on Linux the `mlx[cpu]` wheel resolves `cblas_*` to reference BLAS (about 2 GFLOP/s in float32 on two
+cores). A BLAS loaded into the global symbol table *before* `mlx.core` wins the symbol look-up, and MKL or
+OpenBLAS is fifty times faster. So `prepare()` runs when the package is imported, before any `import mlx`.
+On macOS nothing is loaded: MLX uses Accelerate and Metal there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import os
+import shutil
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+# Debian's and Fedora's names for OpenBLAS; MKL is looked for in the environment that runs us.
+_OPENBLAS = ("libopenblas.so.0", "libopenblasp.so.0", "libopenblas.so")
+
+
+def _mkl_candidates() -> list[Path]:
+    """libmkl_rt of the `mkl` wheel, which installs into <prefix>/lib (not into site-packages)."""
+    roots = [Path(sys.prefix) / "lib", Path(sys.base_prefix) / "lib", Path.home() / ".local" / "lib"]
+    return [path for root in roots for path in sorted(root.glob("libmkl_rt.so*"), reverse=True)]
+
+
+@lru_cache(maxsize=1)
+def load_blas() -> str:
+    """Load a fast BLAS globally, once. Returns a name for `doctor`: 'mkl', 'openblas', 'reference' or 'accelerate'.
+
+    `LLAMA3V_BLAS=none` leaves MLX with the BLAS it was linked to; `LLAMA3V_BLAS=/path/to/lib.so` loads that one.
+    """
+    if sys.platform != "linux":
+        return "accelerate"
+    wanted = os.environ.get("LLAMA3V_BLAS", "")
+    if wanted == "none":
+        return "reference"
+    if "mlx.core" in sys.modules:
+        return "unknown (mlx was imported before mlx_llama3v)"
+    candidates: list[tuple[str, str]] = [(wanted, wanted)] if wanted else []
+    if not wanted:
+        candidates += [("mkl", str(path)) for path in _mkl_candidates()]
+        candidates += [("openblas", name) for name in _OPENBLAS]
+    for name, path in candidates:
+        if name == "mkl":
+            # Two OpenMP run-times in one process may deadlock; MKL's GNU layer shares libgomp with everyone else.
+            os.environ.setdefault("MKL_THREADING_LAYER", "GNU" if _has_libgomp() else "SEQUENTIAL")
+        try:
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        return name
+    return "reference"
+
+
+def _has_libgomp() -> bool:
+    try:
+        ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return False
+    return True
+
+
+def prepare() -> None:
+    """Everything that must happen before `mlx.core` is imported. Idempotent and silent."""
+    load_blas()
+    # `mx.compile` on the CPU back end calls a C++ compiler; without one MLX must not try.
+    if sys.platform == "linux" and not (shutil.which("g++") or shutil.which("c++")):
+        os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
+
+
+def device_name() -> str:
+    """'metal', 'cuda' or 'cpu': the device MLX computes on."""
+    import mlx.core as mx
+
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def default_dtype() -> Any:
+    """float32 on CPU, where 16-bit products run at 1-2 GFLOP/s; bfloat16 on Metal and CUDA."""
+    import mlx.core as mx
+
+    return mx.float32 if device_name() == "cpu" else mx.bfloat16
+
+
+def machine() -> dict[str, str]:
+    """What a benchmark, a run and `doctor` write down about where they ran."""
+    import platform as python_platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    def installed(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "absent"
+
+    return {
+        "device": device_name(),
+        "blas": load_blas(),
+        "cores": str(os.cpu_count()),
+        "machine": python_platform.machine(),
+        "system": python_platform.platform(),
+        "python": python_platform.python_version(),
+        "mlx": installed("mlx"),
+        "mlx_lm": installed("mlx-lm"),
+        "mlx_llama3v": installed("mlx-llama3v"),
+    }

@@ -1,0 +1,206 @@
+"""From SigLIP's patch embeddings to the decoder's width: the part that stage 1 trains.
+
+`attention` (default): linear in, 2-D positions, two pre-norm self-attention blocks over one slice's patches,
+spatial average pooling, norm, linear out. `linear` and `mlp` are LLaVA's and LLaVA-1.5's. All share one
+interface and keep every shape static, so that a training step compiles; slices of different grids share a
+batch, padded at the end, and no slice's result depends on its padding or its neighbours.
+
+Parameters are float32; products run in the dtype of the input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_llama3v.config import MARKERS, Encoded, ProjectorConfig
+from mlx_llama3v.errors import CheckpointError
+
+
+class Linear(nn.Linear):
+    """float32 parameters, computing in the input's dtype."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.addmm(self.bias.astype(x.dtype), x, self.weight.T.astype(x.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    """float32 parameters, computing in the input's dtype."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.layer_norm(x, self.weight.astype(x.dtype), self.bias.astype(x.dtype), self.eps)
+
+
+class Block(nn.Module):
+    """Pre-norm self-attention over the patches of one slice, then an MLP of four times the width."""
+
+    def __init__(self, config: ProjectorConfig) -> None:
+        super().__init__()
+        width = config.hidden_dim
+        self.num_heads = config.num_heads
+        self.norm1 = LayerNorm(width, eps=config.layer_norm_eps)
+        self.q_proj = Linear(width, width)
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.out_proj = Linear(width, width)
+        self.norm2 = LayerNorm(width, eps=config.layer_norm_eps)
+        self.fc1 = Linear(width, 4 * width)
+        self.fc2 = Linear(4 * width, width)
+
+    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
+        """[S, P, H] and a bool mask over keys [S, 1, 1, P] -> [S, P, H]."""
+        S, P, H = x.shape
+
+        def heads(y: mx.array) -> mx.array:
+            return y.reshape(S, P, self.num_heads, -1).transpose(0, 2, 1, 3)
+
+        y = self.norm1(x)
+        q, k, v = heads(self.q_proj(y)), heads(self.k_proj(y)), heads(self.v_proj(y))
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)
+        x = x + self.out_proj(y.transpose(0, 2, 1, 3).reshape(S, P, H))
+        return x + self.fc2(nn.gelu(self.fc1(self.norm2(x))))
+
+
+class AttentionProjector(nn.Module):
+    """Self-attention over a slice, then `pool` x `pool` average pooling (729 patches -> 81 tokens)."""
+
+    def __init__(self, config: ProjectorConfig) -> None:
+        super().__init__()
+        if config.hidden_dim % 4 or config.hidden_dim % config.num_heads:
+            raise CheckpointError(
+                f"projector_config: hidden_dim is {config.hidden_dim} with {config.num_heads} heads; "
+                "expected a multiple of 4 and of the heads."
+            )
+        self.pool = config.pool
+        self.linear_in = Linear(config.in_dim, config.hidden_dim)
+        self.blocks = [Block(config) for _ in range(config.num_layers)]
+        self.norm = LayerNorm(config.hidden_dim, eps=config.layer_norm_eps)
+        self.linear_out = Linear(config.hidden_dim, config.out_dim)
+
+    def __call__(self, patches: mx.array, grid: mx.array, num_tokens: int) -> mx.array:
+        rows, cols, valid = patch_positions(grid, patches.shape[1])
+        x = self.linear_in(patches)
+        x = x + sincos_positions(rows, cols, x.shape[-1]).astype(x.dtype)
+        for block in self.blocks:
+            x = block(x, valid[:, None, None, :])
+        window = rows // self.pool * -(-grid[:, 1:] // self.pool) + cols // self.pool
+        x = average(x, window, valid, num_tokens)
+        return self.linear_out(self.norm(x))
+
+
+class LinearProjector(nn.Module):
+    """One linear map a patch (LLaVA)."""
+
+    def __init__(self, config: ProjectorConfig) -> None:
+        super().__init__()
+        self.linear = Linear(config.in_dim, config.out_dim)
+
+    def __call__(self, patches: mx.array, grid: mx.array, num_tokens: int) -> mx.array:
+        return self.linear(patches[:, :num_tokens])
+
+
+class MLPProjector(nn.Module):
+    """Two linear maps with exact (erf) GELU between (LLaVA-1.5, Bunny)."""
+
+    def __init__(self, config: ProjectorConfig) -> None:
+        super().__init__()
+        self.linear_1 = Linear(config.in_dim, config.out_dim)
+        self.linear_2 = Linear(config.out_dim, config.out_dim)
+
+    def __call__(self, patches: mx.array, grid: mx.array, num_tokens: int) -> mx.array:
+        return self.linear_2(nn.gelu(self.linear_1(patches[:, :num_tokens])))
+
+
+_KINDS = {"attention": AttentionProjector, "linear": LinearProjector, "mlp": MLPProjector}
+
+
+class Projector(nn.Module):
+    """A projector of the configured kind, and the vectors of the eight MARKERS (`markers` [8, out_dim])."""
+
+    def __init__(self, config: ProjectorConfig) -> None:
+        super().__init__()
+        if config.kind not in _KINDS:
+            raise CheckpointError(f"projector kind is {config.kind!r}; expected one of {', '.join(_KINDS)}.")
+        self.markers = mx.random.normal((len(MARKERS), config.out_dim), scale=0.02)
+        self.body = _KINDS[config.kind](config)
+
+    def __call__(self, patches: mx.array, grid: mx.array, num_tokens: int) -> mx.array:
+        """patches [S, P, in_dim], padded at the end, grid [S, 2] int32 -> [S, num_tokens, out_dim].
+
+        `grid` is (rows, columns) of each slice; `num_tokens` is the most visual tokens of any slice in
+        the batch (`ProjectorConfig.num_tokens`); what follows a slice's own tokens must not be read.
+        """
+        return self.body(patches, grid, num_tokens)
+
+
+def patch_positions(grid: mx.array, length: int) -> tuple[mx.array, mx.array, mx.array]:
+    """grid [S, 2] -> row and column of each of `length` patches [S, P] int32, and which exist [S, P] bool.
+
+    A slice of no patches (padding of a batch) counts as one of one patch: softmax over nothing is NaN, and
+    NaN times a zero gradient would reach every weight.
+    """
+    height, width = mx.maximum(grid[:, :1], 1), mx.maximum(grid[:, 1:], 1)
+    index = mx.arange(length, dtype=mx.int32)[None]
+    return index // width, index % width, index < height * width
+
+
+def sincos_positions(rows: mx.array, cols: mx.array, width: int) -> mx.array:
+    """Fixed 2-D sin-cos positions (MAE's): rows and cols [S, P] -> [S, P, width], rows in the first half."""
+    quarter = width // 4
+    frequencies = mx.exp(mx.arange(quarter) * (-math.log(10000.0) / quarter))
+    angles = mx.arange(rows.shape[1])[:, None] * frequencies
+    table = mx.concatenate([mx.sin(angles), mx.cos(angles)], axis=1)  # no row or column exceeds P patches
+    last = rows.shape[1] - 1
+    return mx.concatenate([table[mx.minimum(rows, last)], table[mx.minimum(cols, last)]], axis=-1)
+
+
+def average(x: mx.array, window: mx.array, valid: mx.array, num_tokens: int) -> mx.array:
+    """Mean over the valid patches of each window: x [S, P, H], window [S, P] -> [S, num_tokens, H].
+
+    As a product with a matrix, since the windows differ from slice to slice while shapes must not.
+    """
+    member = (window[:, None] == mx.arange(num_tokens)[:, None]) & valid[:, None]  # [S, T, P]
+    weights = member.astype(x.dtype)
+    return (weights @ x) / mx.maximum(weights.sum(-1, keepdims=True), 1)
+
+
+class Slices(NamedTuple):
+    """The slices of a batch of rows, as the projector takes them (see `pack`)."""
+
+    patches: np.ndarray  # float32 [S, P, D_v], zero padded
+    grid: np.ndarray  # int32 [S, 2]
+    num_tokens: int
+    tables: list[
+        np.ndarray
+    ]  # one a row: its k-th visual token is entry tables[row][k] of the flat [S * num_tokens]
+
+
+def pack(rows: Sequence[Sequence[Encoded]], config: ProjectorConfig) -> Slices | None:
+    """Put the pictures of every row into one padded batch of slices; None where no row has a picture."""
+    slices = [_split(picture) for pictures in rows for picture in pictures]
+    flat = [item for parts in slices for item in parts]
+    if not flat:
+        return None
+    counts = [config.num_tokens(grid) for grid, _ in flat]
+    num_tokens = max(counts)
+    patches = np.zeros((len(flat), max(len(part) for _, part in flat), config.in_dim), np.float32)
+    for row, (_, part) in zip(patches, flat, strict=True):
+        row[: len(part)] = part
+    tables, first = [], 0
+    for pictures in rows:
+        last = first + sum(len(picture.layout.grids) for picture in pictures)
+        spans = [np.arange(counts[s]) + s * num_tokens for s in range(first, last)]
+        tables.append(np.concatenate([np.zeros(0, np.int64), *spans]).astype(np.int32))
+        first = last
+    return Slices(patches, np.array([grid for grid, _ in flat], np.int32), num_tokens, tables)
+
+
+def _split(picture: Encoded) -> list[tuple[tuple[int, int], np.ndarray]]:
+    """(grid, patches) of each slice."""
+    ends = np.cumsum([h * w for h, w in picture.layout.grids])
+    return list(zip(picture.layout.grids, np.split(picture.patches, ends[:-1]), strict=True))

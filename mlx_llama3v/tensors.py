@@ -1,0 +1,197 @@
+"""Tensors on disk: safetensors files found, read lazily, checked all at once, and written atomically.
+
+Nothing is read before it is used: `mx.load` maps names to lazy arrays, shapes are compared on those, and
+`write_shards` evaluates one tensor after the other. So a conversion needs the memory of one output file, not
+that of the model. Pickles (.bin, .pth) are never opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_llama3v.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 << 30
+_PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError where the file is missing, broken or something else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; the directory is not a whole checkpoint.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds a {type(values).__name__}, expected a JSON object.")
+    return values
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those its index names, else model.safetensors, else all there are.
+
+    Raises CheckpointError where a named file is missing, or where there are only pickles, or no weights at all.
+    """
+    if (directory / INDEX).is_file():
+        files = [
+            directory / name for name in sorted(set(read_json(directory / INDEX)["weight_map"].values()))
+        ]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise CheckpointError(f"{directory}: {INDEX} names {', '.join(missing)}, which is not there.")
+        return files
+    if (directory / "model.safetensors").is_file():
+        return [directory / "model.safetensors"]
+    if files := sorted(directory.glob("*.safetensors")):
+        return files
+    pickles = sorted(file.name for file in directory.iterdir() if file.suffix in _PICKLES)
+    if pickles:
+        raise CheckpointError(
+            f"{directory} has its weights only in {', '.join(pickles)}; expected safetensors, pickles are not read."
+        )
+    raise CheckpointError(f"{directory} has no *.safetensors file; expected a checkpoint with weights.")
+
+
+def load_file(path: Path) -> dict[str, mx.array]:
+    """Lazy tensors of one file. Raises CheckpointError where it is missing, cut short or not safetensors."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing.")
+    try:
+        return mx.load(str(path), format="safetensors")  # type: ignore[return-value]
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file (an interrupted download or copy?): {error}"
+        ) from error
+
+
+def read_tensors(directory: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, mx.array]:
+    """Lazy tensors of a checkpoint whose names start with one of `prefixes`, sorted by name."""
+    found: dict[str, mx.array] = {}
+    for file in weight_files(directory):
+        tensors = {name: value for name, value in load_file(file).items() if name.startswith(prefixes)}
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise CheckpointError(
+                f"{file} repeats {', '.join(twice)} of another file of the same checkpoint."
+            )
+        found.update(tensors)
+    return dict(sorted(found.items()))
+
+
+def parameters(module: nn.Module) -> dict[str, mx.array]:
+    """All parameters of a module under their dotted names."""
+    return dict(tree_flatten(module.parameters()))
+
+
+def mismatches(
+    expected: Mapping[str, mx.array], found: Mapping[str, mx.array], prefix: str = ""
+) -> list[str]:
+    """What keeps `found` from being loaded as `expected`, one phrase a tensor, none where all is well.
+
+    `prefix` is put before the names of `expected`, so that phrases name tensors as the file does.
+    """
+    wanted = {prefix + name: value for name, value in expected.items()}
+    phrases = [f"missing {name}" for name in sorted(wanted.keys() - found.keys())]
+    phrases += [f"unexpected {name}" for name in sorted(found.keys() - wanted.keys())]
+    for name in sorted(wanted.keys() & found.keys()):
+        want, got = wanted[name], found[name]
+        if want.shape != got.shape:
+            phrases.append(f"{name} is {list(got.shape)}, expected {list(want.shape)}")
+        elif mx.issubdtype(want.dtype, mx.floating) != mx.issubdtype(got.dtype, mx.floating):
+            phrases.append(f"{name} is {got.dtype}, expected {want.dtype}")
+    return phrases
+
+
+def refuse(phrases: Iterable[str], where: Path | str) -> None:
+    """Raise one CheckpointError that names every mismatch; silent where there is none."""
+    if text := "; ".join(phrases):
+        raise CheckpointError(f"{where}: the weights do not fit the configuration: {text}.")
+
+
+def load_into(
+    module: nn.Module, weights: Mapping[str, mx.array], where: Path | str, prefix: str = ""
+) -> None:
+    """Set every parameter of `module` from `weights`, named `prefix` + parameter; strict, all or nothing."""
+    refuse(mismatches(parameters(module), weights, prefix), where)
+    module.load_weights([(name.removeprefix(prefix), value) for name, value in weights.items()])
+
+
+def save_safetensors_atomic(
+    path: Path | str, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write one file that is complete or absent: to a temporary name beside it, fsync, rename, fsync."""
+    path = Path(path)
+    partial = path.with_name(f".{path.stem}.partial.safetensors")  # mx insists on the suffix
+    try:
+        mx.save_safetensors(str(partial), dict(tensors), {"format": "mlx", **(metadata or {})})
+        sync(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a directory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_shards(
+    directory: Path,
+    tensors: Iterable[tuple[str, mx.array]],
+    shard_bytes: int = SHARD_BYTES,
+    written: Callable[[int], None] | None = None,
+) -> None:
+    """Write a stream of tensors as model*.safetensors and their index, in an existing directory.
+
+    A file is closed before it would exceed `shard_bytes`, and its tensors are let go. `written` is called with
+    the bytes of each tensor as it is evaluated.
+    """
+    shards: list[list[str]] = []
+    total = 0
+    pending: dict[str, mx.array] = {}
+
+    def close_shard() -> None:
+        save_safetensors_atomic(directory / f"part-{len(shards):05d}.safetensors", pending)
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, value in tensors:
+        if pending and sum(held.nbytes for held in pending.values()) + value.nbytes > shard_bytes:
+            close_shard()
+        mx.eval(value)
+        pending[name] = value
+        total += value.nbytes
+        if written:
+            written(value.nbytes)
+    close_shard()
+    weight_map: dict[str, str] = {}
+    for index, names in enumerate(shards):  # the number of files, which is in their names, is known only now
+        file = (
+            f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+            if len(shards) > 1
+            else "model.safetensors"
+        )
+        os.replace(directory / f"part-{index:05d}.safetensors", directory / file)
+        weight_map.update(dict.fromkeys(names, file))
+    values = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_text(directory / INDEX, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write and fsync a text file."""
+    path.write_text(text, encoding="utf-8")
+    sync(path)

@@ -1,0 +1,48 @@
+"""SigLIP's own tokenizer, which its text tower was trained with: every text is one full, padded row of ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mlx_llama3v.errors import CheckpointError
+
+
+class SiglipTokenizer:
+    """Texts -> ids [T, length]: lower-cased, cut or padded to the tower's full length, as in training.
+
+    The tower reads the last position and attends to padding, so neither the length nor the side of the padding
+    is free. Released SigLIP 2 tokenizers leave lower-casing to the caller; for SigLIP 1 it changes nothing.
+    """
+
+    def __init__(self, directory: Path | str, length: int) -> None:
+        """Read the tokenizer files of `directory`. Raises CheckpointError where they are missing or unreadable."""
+        from transformers import AutoTokenizer
+
+        directory, self.length = Path(directory), length
+        if not any(
+            (directory / name).is_file() for name in ("tokenizer.json", "spiece.model", "tokenizer.model")
+        ):
+            raise CheckpointError(
+                f"{directory} has no SigLIP tokenizer; expected tokenizer.json, spiece.model or tokenizer.model."
+            )
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"the SigLIP tokenizer in {directory} cannot be read: {error}") from error
+        if self._tokenizer.pad_token_id is None:
+            raise CheckpointError(f"the SigLIP tokenizer in {directory} has no padding token.")
+        self._lower = self._tokenizer.init_kwargs.get("do_lower_case") is not False
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Ids of `texts`, int32 [T, length]."""
+        rows = self._tokenizer(
+            [text.lower() if self._lower else text for text in texts],
+            padding="max_length",
+            truncation=True,
+            max_length=self.length,
+            return_attention_mask=False,
+        )
+        return np.array(rows["input_ids"], np.int32)

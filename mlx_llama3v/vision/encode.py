@@ -1,0 +1,113 @@
+"""From a picture to SigLIP patch embeddings: the one path that `embed`, `chat` and `generate` share.
+
+`prepare` is Pillow and NumPy only and may run in worker threads; `encode` runs the tower on batches of slices
+from any number of pictures. Slices are sorted by size, so that a batch pads little.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_llama3v.config import Encoded, Grid, ImageConfig, SliceLayout, TilingConfig, VisionConfig
+from mlx_llama3v.vision.image import cut, open_image
+from mlx_llama3v.vision.siglip import VisionTower, position_table
+from mlx_llama3v.vision.tiling import plan
+
+Slice = tuple[Grid, np.ndarray]  # patch grid (rows, columns) and patches [rows*columns, p*p*3]
+
+
+def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
+    """[H, W, C] -> [h*w, patch*patch*C] in reading order, each patch as (y, x, channel).
+
+    Pixels beyond the last whole patch are cut off, as a convolution without padding does (384 px / 14 -> 27).
+    """
+    h, w, channels = pixels.shape[0] // patch, pixels.shape[1] // patch, pixels.shape[2]
+    whole = pixels[: h * patch, : w * patch].reshape(h, patch, w, patch, channels)
+    return whole.transpose(0, 2, 1, 3, 4).reshape(h * w, patch * patch * channels)
+
+
+class Encoder:
+    """A frozen tower and all that decides what it sees: pixel preprocessing, tiling, the layer to read."""
+
+    def __init__(
+        self,
+        tower: VisionTower,
+        vision: VisionConfig,
+        image: ImageConfig,
+        tiling: TilingConfig,
+        layer: int = -1,
+    ):
+        self.tower, self.vision, self.image, self.tiling, self.layer = tower, vision, image, tiling, layer
+
+    def prepare(self, source: str | Path | bytes) -> tuple[SliceLayout, list[np.ndarray]]:
+        """Open, split and cut a picture: its layout and the patches [P_i, p*p*3] of each slice, in
+        `layout.grids` order. Touches no MLX array: safe in threads. Raises ImageError."""
+        picture = open_image(source, self.image.max_pixels)
+        slices = plan(*picture.size, self.vision, self.tiling)
+        pixels = cut(picture, slices, self.image)
+        return slices.layout, [patchify(piece, self.vision.patch_size) for piece in pixels]
+
+    def encode(self, slices: Sequence[Slice], batch_size: int = 8) -> list[np.ndarray]:
+        """Patch embeddings, float32 [P_i, D], of slices of any pictures and shapes, in the order given.
+
+        Takes (grid, patches) pairs, as in `zip(layout.grids, patches)`. The tower runs on `batch_size` slices
+        at a time; padding never changes a result beyond float rounding.
+        """
+        order = sorted(range(len(slices)), key=lambda i: len(slices[i][1]))
+        found: dict[int, np.ndarray] = {}
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            hidden = np.array(self._forward([slices[i] for i in chosen]).astype(mx.float32))
+            # Copies, so that one slice does not keep its whole batch in memory.
+            found.update(
+                (i, rows[: len(slices[i][1])].copy()) for i, rows in zip(chosen, hidden, strict=True)
+            )
+        return [found[i] for i in range(len(slices))]
+
+    def _forward(self, batch: Sequence[Slice]) -> mx.array:
+        """[S, P, D], padded to the longest slice of the batch."""
+        lengths = [len(rows) for _, rows in batch]
+        longest = max(lengths)
+        tables = {grid: position_table(self.tower, grid) for grid, _ in batch}
+        patches = np.stack([np.pad(rows, ((0, longest - len(rows)), (0, 0))) for _, rows in batch])
+        positions = mx.stack(
+            [mx.pad(tables[grid], [(0, longest - len(rows)), (0, 0)]) for grid, rows in batch]
+        )
+        mask = None
+        if min(lengths) < longest:
+            mask = mx.arange(longest)[None] < mx.array(lengths)[:, None]
+        return self.tower(mx.array(patches), positions, mask, self.layer)
+
+    def embed(self, source: str | Path | bytes, batch_size: int = 8) -> Encoded:
+        """One picture's embeddings, fresh: patches float32 [layout.patches, D]. Raises ImageError."""
+        layout, patches = self.prepare(source)
+        slices = [*zip(layout.grids, patches, strict=True)]
+        return Encoded(layout, np.concatenate(self.encode(slices, batch_size)))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON-ready identity of what `embed` computes; encoders with equal ones may share a store."""
+        return {
+            "weights": self._weights_sha256,
+            "layer": self.layer,
+            "vision": asdict(self.vision),
+            "image": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self.image).items()},
+            "tiling": asdict(self.tiling),
+        }
+
+    @cached_property
+    def _weights_sha256(self) -> str:
+        digest = hashlib.sha256()
+        arrays: dict[str, mx.array] = dict(tree_flatten(self.tower.parameters()))
+        for name, array in sorted(arrays.items()):
+            digest.update(f"{name} {list(array.shape)}\n".encode())
+            digest.update(memoryview(np.array(array.astype(mx.float32))))
+        return digest.hexdigest()

@@ -1,0 +1,127 @@
+"""Pictures from files: to upright 8-bit RGB, and cut into normalised slices.
+
+Training folders hold everything: phone photos with an EXIF rotation, transparent PNGs, 16-bit scans, CMYK,
+files that end in the middle. Every one of them either becomes the RGB picture a person would see on a white
+page, or an ImageError that says in one sentence which file it was and why.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from mlx_llama3v.config import ImageConfig
+from mlx_llama3v.errors import ImageError
+from mlx_llama3v.vision.tiling import Plan, Size
+
+Source = str | Path | bytes
+
+# What Pillow's decoders were seen to raise on broken files; they do not keep to OSError.
+_DECODER_ERRORS = (
+    *(OSError, EOFError, SyntaxError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError),
+    *(RuntimeError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError),
+)
+
+
+def image_size(source: Source, max_pixels: int) -> Size:
+    """(width, height) as `open_image` will have it, from the header alone. Raises ImageError.
+
+    A file with a good header may still fail to decode.
+    """
+    with _reading(source, max_pixels) as image:
+        width, height = image.size
+        # PNG's own getexif decodes the picture to look behind the pixels; the general one reads the header.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+        return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+
+
+def open_image(source: Source, max_pixels: int) -> Image.Image:
+    """The picture as upright 8-bit RGB, transparency over white, an animation's first frame.
+
+    Refuses pictures of more than `max_pixels` before it decodes them (Pillow's own limit stays in force above
+    that). Raises ImageError for these and for everything that cannot be read whole.
+    """
+    with _reading(source, max_pixels) as image:
+        image.load()  # once: on some broken files a second call returns silently
+        return _rgb(ImageOps.exif_transpose(image))
+
+
+def cut(image: Image.Image, plan: Plan, config: ImageConfig) -> list[np.ndarray]:
+    """The slices of an RGB picture, overview first, then tiles in reading order.
+
+    Each is float32 [height, width, 3], normalised as the checkpoint's processor says; the overview of a
+    squash plan equals Hugging Face's SigLIP processor.
+    """
+    resample = Image.Resampling(config.resample)
+    slices = [image.resize(plan.overview_px, resample)]
+    (w, h), rows, cols = plan.tile_px, plan.layout.rows, plan.layout.cols
+    if rows * cols:
+        whole = image.resize((cols * w, rows * h), resample)
+        corners = [(col * w, row * h) for row in range(rows) for col in range(cols)]
+        slices += [whole.crop((x, y, x + w, y + h)) for x, y in corners]
+    mean, std = np.array(config.image_mean, np.float32), np.array(config.image_std, np.float32)
+    return [(np.asarray(s, np.float32) * np.float32(config.rescale_factor) - mean) / std for s in slices]
+
+
+@contextmanager
+def _reading(source: Source, max_pixels: int) -> Iterator[Image.Image]:
+    """The opened file, size checked; whatever goes wrong inside becomes an ImageError."""
+    name = f"the picture of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ImageError(
+                    f"{name} has {width} x {height} pixels, more than the limit of {max_pixels}."
+                )
+            yield image
+    except _DECODER_ERRORS as error:
+        raise ImageError(f"{name} cannot be read as a picture: {_reason(error)}.") from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "its content is not of a known image format"  # Pillow's text shows an address in memory
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _from_deep(image).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_deep(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits, scaled to 8; Pillow's own conversion clips it to white."""
+    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
+    low, high = _range(image.mode, values)
+    scaled = np.rint((values - low) * (255 / (high - low))).astype(np.uint8)
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):  # one grey value stands for "see-through": the white page
+        scaled[values == clear] = 255
+    return Image.fromarray(scaled)
+
+
+def _range(mode: str, values: np.ndarray) -> tuple[float, float]:
+    """What is black and what is white. 16-bit modes say it; "I" and "F" do not, so the usual ranges are tried
+    from the smallest, and what fits none is stretched from its least to its greatest value."""
+    if mode.startswith("I;16"):
+        return 0, 65535
+    least, most = float(values.min()), float(values.max())
+    for top in (1, 255, 65535) if mode == "F" else (255, 65535):
+        if least >= 0 and most <= top:
+            return 0, top
+    return least, max(most, least + 1)

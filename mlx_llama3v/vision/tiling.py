@@ -1,0 +1,82 @@
+"""How a picture of W x H pixels becomes slices: LLaVA-UHD's adaptive splitting, in integers only.
+
+An encoder trained on one square sees small print in a large photo as a smear. So a large picture is cut
+into tiles of about the encoder's own area and near its shape, beside one overview of the whole (Xu et al.
+2024, with MiniCPM-V's upscaling of small pictures). All comparisons are exact: a picture has the same layout
+on every machine, and the store, the trainer and the chat agree on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from math import isqrt
+
+from mlx_llama3v.config import Grid, SliceLayout, TilingConfig, VisionConfig
+from mlx_llama3v.errors import CheckpointError
+
+Size = tuple[int, int]  # (width, height) in pixels, as Pillow has it; grids are (rows, columns)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to resize a picture to. Tiles are cut from the original resized once to cols x rows tiles."""
+
+    layout: SliceLayout
+    overview_px: Size
+    tile_px: Size = (0, 0)
+
+
+def plan(width: int, height: int, vision: VisionConfig, tiling: TilingConfig) -> Plan:
+    """The slices of a picture of `width` x `height` pixels, both at least 1; it never fails on a shape.
+
+    No slice has more than `vision.grid ** 2` patches and there are at most `max_slices` tiles. Raises
+    CheckpointError for an unknown mode.
+    """
+    if tiling.mode == "squash":
+        side = (vision.grid, vision.grid)
+        return Plan(SliceLayout(side), (vision.image_size, vision.image_size))
+    if tiling.mode != "uhd":
+        raise CheckpointError(f"tiling mode is {tiling.mode!r}, expected 'uhd' or 'squash'.")
+    cap, patch = vision.grid**2, vision.patch_size
+    overview = _fit(width, height, cap)
+    count = min(-(-width * height // vision.image_size**2), tiling.max_slices)
+    if count <= 1:
+        return Plan(SliceLayout(overview), _pixels(overview, patch))
+    rows, cols = min(
+        _splits(count, tiling.max_slices), key=lambda grid: _mismatch(width, height, grid[1], grid[0])
+    )
+    tile = _fit(width * rows, height * cols, cap)  # the shape of (width / cols) x (height / rows)
+    layout = SliceLayout(overview, rows, cols, tile)
+    return Plan(layout, _pixels(overview, patch), _pixels(tile, patch))
+
+
+def _pixels(grid: Grid, patch: int) -> Size:
+    return grid[1] * patch, grid[0] * patch
+
+
+def _splits(count: int, most: int) -> Iterator[Grid]:
+    """(rows, columns) of every way to cut into about `count` tiles; of equals the first one wins."""
+    for tiles in (count - 1, count, count + 1):
+        if 2 <= tiles <= most:
+            yield from ((tiles // cols, cols) for cols in range(1, tiles + 1) if tiles % cols == 0)
+
+
+def _mismatch(width: int, height: int, cols: int, rows: int) -> Fraction:
+    """How far cols : rows is from width : height: |log| of their ratio, kept exact by leaving out the log."""
+    a, b = width * rows, height * cols
+    return Fraction(max(a, b), min(a, b))
+
+
+def _fit(width: int, height: int, cap: int) -> Grid:
+    """The patch grid of at most `cap` patches that is nearest to the shape width : height and about fills it.
+
+    The exact sides are sqrt(cap * width / height) and its inverse; of their roundings up and down that stay
+    below the cap, the least distorted one is taken, the larger one of equals.
+    """
+    cols = isqrt(cap * width // height)
+    rows = isqrt(cap * height // width)
+    sides = [(min(max(h, 1), cap), min(max(w, 1), cap)) for h in (rows, rows + 1) for w in (cols, cols + 1)]
+    allowed = [(h, w) for h, w in sides if h * w <= cap]
+    return min(allowed, key=lambda grid: (_mismatch(width, height, grid[1], grid[0]), -grid[0] * grid[1]))
