@@ -1,7 +1,7 @@
 """Model directories, SigLIP checkpoints and runs: found, loaded strictly, and written whole or not at all.
 
-Loading compares every name and shape before anything is set, and one error names all that differs. Saving builds
-a directory beside its place and renames it, so that an interrupted command leaves the old one untouched.
+Loading compares every name and shape before anything is set, and one error names all that differs. Saving
+builds a directory beside its place and renames it: an interrupted command leaves the old one untouched.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def resolve(path_or_repo: str | Path, offline: bool = False) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    wanted = ["*.safetensors", "*.json", *TOKENIZER_FILES, *LEGAL_FILES]
+    wanted = ["*.safetensors", "*.json", "*.model", *TOKENIZER_FILES, *LEGAL_FILES]
     try:
         found = snapshot_download(
             name, allow_patterns=wanted, ignore_patterns=_ELSEWHERE, local_files_only=offline
@@ -136,8 +136,8 @@ def read_model(directory: str | Path) -> Llama3V:
 def load_model(directory: str | Path, dtype: str | mx.Dtype | None = None) -> Llama3V:
     """Projector and decoder, ready to compute.
 
-    `dtype` is the decoder's; by default the stored one, but float32 on CPU, where 16-bit products are two orders
-    of magnitude slower. The projector stays float32.
+    `dtype` is the decoder's; by default the stored one, but float32 on CPU, where 16-bit products are two
+    orders of magnitude slower. The projector stays float32.
     """
     model = read_model(directory)
     _cast(model.language_model, dtype)
@@ -199,8 +199,8 @@ def load_siglip(directory: str | Path, dtype: str | mx.Dtype | None = None) -> S
 def read_siglip_config(directory: Path) -> tuple[VisionConfig, SiglipTextConfig | None, ImageConfig]:
     """Configuration of a Hugging Face SigLIP; no text part where only the vision tower was saved.
 
-    Files leave defaults out, and transformers 5 may keep the pixel settings in processor_config.json, which then
-    wins. Raises CheckpointError where they are nowhere: SigLIP 1 and 2 differ in them.
+    Files leave defaults out, and transformers 5 may keep the pixel settings in processor_config.json, which
+    then wins. Raises CheckpointError where they are nowhere: SigLIP 1 and 2 differ in them.
     """
     config = read_json(directory / "config.json")
     vision, text = config.get("vision_config", config), config.get("text_config")
@@ -245,59 +245,58 @@ def parse_dtype(dtype: str | mx.Dtype) -> mx.Dtype:
 def load_run(model: Llama3V, run_dir: str | Path) -> None:
     """Apply what a run trained: `projector.safetensors` and/or `adapters.safetensors` with its configuration.
 
-    Projector tensors carry `Projector`'s own names; adapter tensors those of the decoder with its LoRA or DoRA
-    layers, as mlx-lm writes them (a leading `language_model.` is allowed). Raises one CheckpointError that names
-    every tensor which is missing, unexpected or of the wrong shape.
+    Projector tensors carry `Projector`'s own names; adapter tensors those of the decoder (with its LoRA or DoRA
+    layers, or whole where `fine_tune_type` is "full"), as mlx-lm writes them; a leading `language_model.` is
+    allowed. Raises one CheckpointError that names every tensor which is missing, unexpected or misshapen.
     """
     run = Path(run_dir).expanduser()
     projector, adapters = run / "projector.safetensors", run / "adapters.safetensors"
     if not projector.is_file() and not adapters.is_file():
-        raise CheckpointError(
-            f"{run} is not a run; expected projector.safetensors or adapters.safetensors in it."
-        )
+        raise CheckpointError(f"{run} is not a run; expected projector.safetensors or adapters.safetensors.")
     phrases: list[str] = []
-    learned: list[tuple[str, mx.array]] = []
+    parts: list[tuple[nn.Module, dict[str, mx.array], dict[str, mx.array]]] = []
     if projector.is_file():
-        weights = load_file(projector)
-        phrases += [f"projector: {text}" for text in mismatches(parameters(model.projector), weights)]
-        learned += [(f"projector.{name}", value) for name, value in weights.items()]
+        weights, expected = load_file(projector), parameters(model.projector)
+        phrases += [f"projector: {text}" for text in mismatches(expected, weights)]
+        parts.append((model.projector, weights, expected))
     if adapters.is_file():
-        prefix = "language_model."
-        weights = {name.removeprefix(prefix): value for name, value in load_file(adapters).items()}
-        _add_adapters(model.language_model, run / "adapter_config.json")
-        added = {
-            name: value
-            for name, value in parameters(model.language_model).items()
-            if name.rpartition(".")[2] in ("lora_a", "lora_b", "m")
-        }
-        phrases += [f"adapters: {text}" for text in mismatches(added, weights)]
-        learned += [(prefix + name, value) for name, value in weights.items()]
+        found = load_file(adapters).items()
+        weights = {name.removeprefix("language_model."): value for name, value in found}
+        expected = _add_adapters(model.language_model, run / "adapter_config.json")
+        phrases += [f"adapters: {text}" for text in mismatches(expected, weights)]
+        parts.append((model.language_model, weights, expected))
     refuse(phrases, run)
-    model.load_weights(learned, strict=False)
+    for module, weights, expected in parts:
+        learned = [(name, value.astype(expected[name].dtype)) for name, value in weights.items()]
+        mx.eval([value for _, value in learned])
+        module.load_weights(learned, strict=False)
     model.eval()
-    mx.eval(model.parameters())
 
 
-def _add_adapters(decoder: nn.Module, config_file: Path) -> None:
-    """Wrap the layers that `adapter_config.json` names."""
+def _add_adapters(decoder: nn.Module, config_file: Path) -> dict[str, mx.array]:
+    """Wrap the layers that `adapter_config.json` names; returns the parameters that the run must bring."""
     config = read_json(config_file)
+    kind = config.get("fine_tune_type", "lora")
+    if kind == "full":
+        return parameters(decoder)
+    if kind not in ("lora", "dora"):
+        raise CheckpointError(f"{config_file}: fine_tune_type is {kind!r}, expected lora, dora or full.")
     lora = config.get("lora_parameters")
     lora = lora if isinstance(lora, dict) else {}
     missing = [key for key in ("num_layers", "lora_parameters") if key not in config]
     missing += [f"lora_parameters.{key}" for key in ("rank", "scale", "dropout") if key not in lora]
     if missing:
         raise CheckpointError(f"{config_file}: {', '.join(missing)} is missing.")
-    kind = config.get("fine_tune_type", "lora")
-    if kind not in ("lora", "dora"):
-        raise CheckpointError(f"{config_file}: fine_tune_type is {kind!r}, expected 'lora' or 'dora'.")
     linear_to_lora_layers(decoder, config["num_layers"], lora, use_dora=kind == "dora")
+    added = ("lora_a", "lora_b", "m")
+    return {name: v for name, v in parameters(decoder).items() if name.rpartition(".")[2] in added}
 
 
 def check_output(directory: str | Path) -> Path:
-    """The absolute path of an output directory, if it may be written: absent, empty, or a model directory of ours.
+    """The absolute path of an output directory that may be written: absent, empty, or a model directory.
 
-    Raises CheckpointError otherwise, also where a model directory holds files that saving does not write: they
-    would be lost.
+    Raises CheckpointError otherwise, also where a model directory holds files that saving does not write:
+    they would be lost.
     """
     path = Path(directory).expanduser().resolve()
     if path.exists() and not path.is_dir():
@@ -322,12 +321,10 @@ def check_output(directory: str | Path) -> Path:
 def replacing(directory: str | Path) -> Iterator[Path]:
     """A new, empty directory beside `directory` that takes its place when the block ends without an error."""
     target = check_output(directory)
-    partial = target.with_name(
-        f".{target.name}.partial"
-    )  # a fixed name: the next run clears what a killed one left
+    # Fixed names: the next run clears what a killed one left.
+    partial, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    old = target.with_name(f".{target.name}.old")
     try:
         yield partial
         sync(partial)
@@ -350,15 +347,16 @@ def save_model(
     *,
     files: Mapping[str, Path | str] | None = None,
     shard_bytes: int = SHARD_BYTES,
-    written: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write a model directory, atomically, replacing one of ours.
 
-    `weights` is consumed as a stream (names as in the directory); `files` maps further names to a file to copy or
-    a text to write; `written` is called with the bytes of each tensor. Raises CheckpointError (see `check_output`).
+    `weights` is consumed as a stream (names as in the directory); `files` maps further names to a file to
+    copy or a text to write; `progress` is told the bytes done so far. Raises CheckpointError (see
+    `check_output`).
     """
     with replacing(directory) as partial:
-        write_shards(partial, weights, shard_bytes, written)
+        write_shards(partial, weights, shard_bytes, progress)
         for name, content in (files or {}).items():
             (partial / name).parent.mkdir(exist_ok=True)
             if isinstance(content, Path):

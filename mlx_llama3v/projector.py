@@ -20,6 +20,7 @@ import numpy as np
 
 from mlx_llama3v.config import MARKERS, Encoded, ProjectorConfig
 from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.text.prompt import FIRST_VISUAL
 
 
 class Linear(nn.Linear):
@@ -141,8 +142,8 @@ class Projector(nn.Module):
 def patch_positions(grid: mx.array, length: int) -> tuple[mx.array, mx.array, mx.array]:
     """grid [S, 2] -> row and column of each of `length` patches [S, P] int32, and which exist [S, P] bool.
 
-    A slice of no patches (padding of a batch) counts as one of one patch: softmax over nothing is NaN, and
-    NaN times a zero gradient would reach every weight.
+    A slice of no patches (padding of a batch) counts as one of one patch: a softmax over nothing may be NaN,
+    and NaN times a zero gradient would reach every weight.
     """
     height, width = mx.maximum(grid[:, :1], 1), mx.maximum(grid[:, 1:], 1)
     index = mx.arange(length, dtype=mx.int32)[None]
@@ -175,9 +176,14 @@ class Slices(NamedTuple):
     patches: np.ndarray  # float32 [S, P, D_v], zero padded
     grid: np.ndarray  # int32 [S, 2]
     num_tokens: int
-    tables: list[
-        np.ndarray
-    ]  # one a row: its k-th visual token is entry tables[row][k] of the flat [S * num_tokens]
+    tables: list[np.ndarray]  # one a row: where its k-th visual token lies in the flat [S * num_tokens]
+
+    def place(self, row: int, source: np.ndarray) -> np.ndarray:
+        """`Rendered.source` of batch row `row` -> what `Llama3V.embed` takes: the batch's visual tokens."""
+        placed = source.copy()
+        visual = source >= FIRST_VISUAL
+        placed[visual] = FIRST_VISUAL + self.tables[row][source[visual] - FIRST_VISUAL]
+        return placed
 
 
 def pack(rows: Sequence[Sequence[Encoded]], config: ProjectorConfig) -> Slices | None:

@@ -38,9 +38,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those its index names, else model.safetensors, else all there are.
+    """The safetensors files of a checkpoint: those its index names, else model.safetensors, else all.
 
-    Raises CheckpointError where a named file is missing, or where there are only pickles, or no weights at all.
+    Raises CheckpointError where a named file is missing, where there are only pickles, or no weights at all.
     """
     if (directory / INDEX).is_file():
         files = [
@@ -57,7 +57,8 @@ def weight_files(directory: Path) -> list[Path]:
     pickles = sorted(file.name for file in directory.iterdir() if file.suffix in _PICKLES)
     if pickles:
         raise CheckpointError(
-            f"{directory} has its weights only in {', '.join(pickles)}; expected safetensors, pickles are not read."
+            f"{directory} has its weights only in {', '.join(pickles)}; expected safetensors, "
+            "since pickles can run code and are not read."
         )
     raise CheckpointError(f"{directory} has no *.safetensors file; expected a checkpoint with weights.")
 
@@ -153,12 +154,12 @@ def write_shards(
     directory: Path,
     tensors: Iterable[tuple[str, mx.array]],
     shard_bytes: int = SHARD_BYTES,
-    written: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write a stream of tensors as model*.safetensors and their index, in an existing directory.
 
-    A file is closed before it would exceed `shard_bytes`, and its tensors are let go. `written` is called with
-    the bytes of each tensor as it is evaluated.
+    A file is closed before it would exceed `shard_bytes`, and its tensors are let go. `progress` is
+    told the bytes evaluated so far.
     """
     shards: list[list[str]] = []
     total = 0
@@ -175,8 +176,8 @@ def write_shards(
         mx.eval(value)
         pending[name] = value
         total += value.nbytes
-        if written:
-            written(value.nbytes)
+        if progress:
+            progress(total)
     close_shard()
     weight_map: dict[str, str] = {}
     for index, names in enumerate(shards):  # the number of files, which is in their names, is known only now

@@ -94,7 +94,7 @@ class Trainer:
             add(self.header["user"], False)
             if index == 0:
                 add(self.encode(item.description[0].text), False)
-            add(self.encode(turn.question), False)
+            add(self.encode(turn.question), True)  # a question names what the description holds: practice in looking up
             add([self.eot, *self.header["assistant"]], False)
             add([*self.encode(turn.answer), self.eot], True)
         return ids, learnt
@@ -126,7 +126,7 @@ class Trainer:
         if self.step < 100:
             return (self.step + 1) / 100
         share = min(1.0, (self.step - 100) / max(1, self.args.steps - 100))
-        return 0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * share))
+        return float(0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * share)))
 
     @torch.no_grad()
     def evaluate(self) -> float:

@@ -178,10 +178,18 @@ class Trainer:
         tiny.text_config.vocab_size = len(self.tokenizer)
         self.model = SiglipModel._from_config(tiny, attn_implementation="sdpa")
         with torch.no_grad():
-            self.model.logit_scale.fill_(np.log(10.0))
+            # A picture has up to thirty true statements, so its cosine with each is about 1/sqrt(30) at best.
+            self.model.logit_scale.fill_(np.log(30.0))
             self.model.logit_bias.fill_(-6.0)
+        scalars = [self.model.logit_scale, self.model.logit_bias]
+        others = [p for p in self.model.parameters() if all(p is not scalar for scalar in scalars)]
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+            [
+                {"params": others, "factor": 1.0, "weight_decay": 0.01},
+                {"params": scalars, "factor": 10.0, "weight_decay": 0.0},
+            ],
+            lr=args.learning_rate,
+            betas=(0.9, 0.98),
         )
         self._resume()
 
@@ -225,7 +233,7 @@ class Trainer:
         truth = torch.from_numpy(truth_matrix(texts, seen, self.facts))
         rate = self.args.learning_rate * self._schedule()
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         images = torch.cat([self.images(group) for group in groups])
         loss = loss_terms(self.logits_per_text(images, self.texts([" and ".join(t) for t in texts])), truth)
         self.optimizer.zero_grad()
@@ -240,7 +248,7 @@ class Trainer:
         if self.step < 200:
             return (self.step + 1) / 200
         share = min(1.0, (self.step - 200) / max(1, self.args.steps - 200))
-        return 0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * share))
+        return float(0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * share)))
 
     @torch.no_grad()
     def evaluate(self, count: int = 192) -> dict[str, float]:

@@ -48,17 +48,25 @@ def notes(scene: Scene, rng: Random) -> str:
     return " ".join(said)
 
 
+def statements(scene: Scene, rng: Random) -> str:
+    """True sentences about the scene in any order: who reads the description can say how each goes on."""
+    facts = scenes.thing_facts(scene) | scenes.print_facts(scene) | scenes.bar_facts(scene)
+    chosen = rng.sample(sorted(facts), min(len(facts), 8))
+    return " " + " ".join(f"{fact.capitalize()}." for fact in chosen)
+
+
 def passage(rng: Random) -> Passage:
-    """A random passage: caption, notes then caption, or either followed by questions."""
+    """A random passage: a caption alone, a description said again, or a description followed by questions."""
     scene = scenes.sample(rng)
     caption = Piece(scenes.caption(scene), True)
     note = Piece(notes(scene, rng), False)
     roll = rng.random()
-    if roll < 0.08:
+    if roll < 0.05:
         return Passage((caption,), ())
-    if roll < 0.3:
+    if roll < 0.25:
         return Passage((note, caption), ())
+    description = note if rng.random() < 0.5 else Piece(caption.text, False)
+    if roll < 0.4:
+        return Passage((description, Piece(statements(scene, rng), True)), ())
     asked = scenes.questions(scene)
-    turns = tuple(rng.sample(asked, min(len(asked), rng.randint(1, 4))))
-    description = note if roll < 0.65 else Piece(caption.text, False)
-    return Passage((description,), turns)
+    return Passage((description,), tuple(rng.sample(asked, min(len(asked), rng.randint(2, 7)))))

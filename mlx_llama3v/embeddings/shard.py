@@ -132,8 +132,8 @@ def write_shard(
         "codec": codec,
         "fingerprint": fingerprint,
         "index": index,
-        "crc32": f"{_crc(index, arrays):08x}",
     }
+    header["__metadata__"]["crc32"] = _checksum(header, arrays)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     write_atomic(path, [struct.pack("<Q", len(text)), text, *arrays])
@@ -177,17 +177,15 @@ def read_header(path: Path) -> Shard:
     return shard
 
 
-def verify_shard(path: Path) -> Shard:
+def verify_shard(path: Path) -> None:
     """Read a whole shard and compare its checksum. Raises StoreError naming the file when they differ."""
-    shard = read_header(path)
+    read_header(path)
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        metadata = json.loads(file.read(length))["__metadata__"]
-        blocks = iter(lambda: file.read(1 << 24), b"")
-        found = f"{_crc(metadata['index'], blocks):08x}"
-    if found != metadata.get("crc32"):
-        raise _damaged(path, f"its checksum is {found}, expected {metadata.get('crc32')}")
-    return shard
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        expected = header["__metadata__"].pop("crc32", "missing")
+        found = _checksum(header, iter(lambda: file.read(1 << 24), b""))
+    if found != expected:
+        raise _damaged(path, f"its checksum is {found}, expected {expected}")
 
 
 def write_atomic(path: Path, chunks: Iterable[bytes | np.ndarray]) -> None:
@@ -233,11 +231,12 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _crc(index: str, blocks: Iterable[bytes | np.ndarray]) -> int:
-    value = zlib.crc32(index.encode())
+def _checksum(header: dict[str, Any], blocks: Iterable[bytes | np.ndarray]) -> str:
+    """CRC-32 of the header, which has no checksum yet, and the data."""
+    value = zlib.crc32(json.dumps(header, sort_keys=True).encode())
     for block in blocks:
         value = zlib.crc32(_view(block), value)
-    return value
+    return f"{value:08x}"
 
 
 def _view(block: Any) -> memoryview:

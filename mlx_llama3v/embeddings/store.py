@@ -182,6 +182,10 @@ class StoreWriter:
         self._pending_bytes = 0
         self._failures_changed = False
 
+    def require(self, fingerprint: Mapping[str, Any]) -> None:
+        """Raises StoreError when the store was opened for another encoder."""
+        _check_same(self.path, {"fingerprint": self.fingerprint}, {"fingerprint": _plain(fingerprint)})
+
     def has(self, name: str) -> bool:
         """Whether a picture of that name is stored or waiting to be written."""
         return name in self._names
@@ -190,11 +194,12 @@ class StoreWriter:
         """Whether a picture with those bytes is stored or waiting. May be asked from any thread."""
         return sha in self._hashes
 
-    def add(self, name: str, sha: str, encoded: Encoded) -> None:
-        """Add one picture under `name`; bytes that are known already only cost the name.
+    def add(self, name: str, sha: str, encoded: Encoded) -> int:
+        """Add one picture under `name` and return the bytes it takes; a known hash only costs the name.
 
         Raises StoreError when the embeddings are not [layout.patches, D] or not finite, or the disk is full.
         """
+        size = 0
         if sha not in self._hashes:
             values = encoded.patches
             width = self._width or values.shape[-1]
@@ -209,8 +214,10 @@ class StoreWriter:
             self._width = width
             self._hashes.add(sha)
             self._pictures.append((sha, encoded.layout, parts))
-            self._pending_bytes += sum(part.nbytes for part in parts.values())
+            size = sum(part.nbytes for part in parts.values())
+            self._pending_bytes += size
         self.alias(name, sha)
+        return size
 
     def alias(self, name: str, sha: str) -> None:
         """Let `name` stand for a picture that is stored or waiting; the name's failure is dropped."""

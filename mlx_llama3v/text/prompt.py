@@ -64,15 +64,15 @@ def render(
 
     `generate` ends with what the model answers after (the assistant header; with `caption` nothing).
     `caption` is the bare form of stage pretrain: pictures, then the one answer; user text is left out.
-    `start=False` leaves <|begin_of_text|> out: the next turn of a chat whose KV cache is kept.
+    `start=False` is the next turn of a chat whose KV cache is kept: it begins with the <|eot_id|> that ends
+    the answer before it, where a fresh row has <|begin_of_text|>.
     Raises ContextError for a picture that is not there, that no turn brings, or that has no visual token, and
     DataError for messages that make no row: none at all, an unknown role, pictures outside user turns, an
     empty turn, nothing to train on.
     """
     _check(messages, layouts, generate=generate, caption=caption)
     row = _Row(layouts, tokens, projector)
-    if start:
-        row.add([tokens.bos])
+    row.add([tokens.bos if start else tokens.eot])
     if caption:
         _render_caption(row, messages)
     else:

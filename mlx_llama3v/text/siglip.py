@@ -1,4 +1,4 @@
-"""SigLIP's own tokenizer, which its text tower was trained with: every text is one full, padded row of ids."""
+"""SigLIP's own tokenizer, which its text tower was trained with: every text is one full row of ids."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mlx_llama3v.errors import CheckpointError
 class SiglipTokenizer:
     """Texts -> ids [T, length]: lower-cased, cut or padded to the tower's full length, as in training.
 
-    The tower reads the last position and attends to padding, so neither the length nor the side of the padding
+    The tower reads the last position and attends to padding, so neither the length nor the padding's side
     is free. Released SigLIP 2 tokenizers leave lower-casing to the caller; for SigLIP 1 it changes nothing.
     """
 
     def __init__(self, directory: Path | str, length: int) -> None:
-        """Read the tokenizer files of `directory`. Raises CheckpointError where they are missing or unreadable."""
+        """Read the tokenizer of `directory`. Raises CheckpointError where it is missing or unreadable."""
         from transformers import AutoTokenizer
 
         directory, self.length = Path(directory), length
@@ -26,7 +26,7 @@ class SiglipTokenizer:
             (directory / name).is_file() for name in ("tokenizer.json", "spiece.model", "tokenizer.model")
         ):
             raise CheckpointError(
-                f"{directory} has no SigLIP tokenizer; expected tokenizer.json, spiece.model or tokenizer.model."
+                f"{directory} has no SigLIP tokenizer; expected tokenizer.json or spiece.model."
             )
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)

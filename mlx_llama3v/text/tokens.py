@@ -1,7 +1,7 @@
 """The Llama-3 tokenizer as this project needs it: user text can never become a control token.
 
 Built on `tokenizers`, not on transformers' wrapper: that one adds a second <|begin_of_text|>, cleans up
-spaces when it decodes and turns a typed "<|eot_id|>" into the real token. Here only code inserts control tokens.
+spaces when it decodes and turns a typed "<|eot_id|>" into the real one. Here only code adds control tokens.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Tokens:
                 f"marker_ids is {list(self.marker_ids)}; expected {len(MARKERS)} different ids."
             )
         self.stop = frozenset(eos_token_ids) | {self.eot, self.end_of_text}
-        self._refuse_injection()
+        self._refuse_injection(ids)
 
     @classmethod
     def load(
@@ -85,15 +85,12 @@ class Tokens:
         """The tokenizer of a model directory; `marker_ids` default to the top of the reserved range."""
         return cls(load_tokenizer(directory), marker_ids, eos_token_ids)
 
-    def _refuse_injection(self) -> None:
-        """A file that lists control tokens as ordinary words would let user text produce them."""
-        control = {*self.marker_ids, *self.stop, self.bos, self._start_header, self._end_header}
-        for token_id in sorted(control):
+    def _refuse_injection(self, ids: Sequence[int]) -> None:
+        """A file that lists control tokens or markers as words would let user text produce them."""
+        for token_id in (*ids, *self.marker_ids):
             name = self._tokenizer.id_to_token(token_id)
             if name is None:
-                raise CheckpointError(
-                    f"the tokenizer has no token {token_id}, which config.json uses for control."
-                )
+                raise CheckpointError(f"the tokenizer has no token {token_id}, which marker_ids names.")
             if token_id in self.encode(name):
                 raise CheckpointError(
                     f"tokenizer.json lists {name!r} as ordinary text; expected a special token."

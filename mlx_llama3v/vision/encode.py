@@ -68,9 +68,8 @@ class Encoder:
             chosen = order[start : start + batch_size]
             hidden = np.array(self._forward([slices[i] for i in chosen]).astype(mx.float32))
             # Copies, so that one slice does not keep its whole batch in memory.
-            found.update(
-                (i, rows[: len(slices[i][1])].copy()) for i, rows in zip(chosen, hidden, strict=True)
-            )
+            for i, rows in zip(chosen, hidden, strict=True):
+                found[i] = rows[: len(slices[i][1])].copy()
         return [found[i] for i in range(len(slices))]
 
     def _forward(self, batch: Sequence[Slice]) -> mx.array:
@@ -78,10 +77,9 @@ class Encoder:
         lengths = [len(rows) for _, rows in batch]
         longest = max(lengths)
         tables = {grid: position_table(self.tower, grid) for grid, _ in batch}
-        patches = np.stack([np.pad(rows, ((0, longest - len(rows)), (0, 0))) for _, rows in batch])
-        positions = mx.stack(
-            [mx.pad(tables[grid], [(0, longest - len(rows)), (0, 0)]) for grid, rows in batch]
-        )
+        margins = [[(0, longest - length), (0, 0)] for length in lengths]
+        patches = np.stack([np.pad(rows, m) for (_, rows), m in zip(batch, margins, strict=True)])
+        positions = mx.stack([mx.pad(tables[g], m) for (g, _), m in zip(batch, margins, strict=True)])
         mask = None
         if min(lengths) < longest:
             mask = mx.arange(longest)[None] < mx.array(lengths)[:, None]
@@ -109,5 +107,5 @@ class Encoder:
         arrays: dict[str, mx.array] = dict(tree_flatten(self.tower.parameters()))
         for name, array in sorted(arrays.items()):
             digest.update(f"{name} {list(array.shape)}\n".encode())
-            digest.update(memoryview(np.array(array.astype(mx.float32))))
+            digest.update(np.array(array.astype(mx.float32)).data)
         return digest.hexdigest()

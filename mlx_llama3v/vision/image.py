@@ -39,7 +39,8 @@ def image_size(source: Source, max_pixels: int) -> Size:
         width, height = image.size
         # PNG's own getexif decodes the picture to look behind the pixels; the general one reads the header.
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-        return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+        turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"  # Pillow turns a TIFF itself
+        return (height, width) if turned else (width, height)
 
 
 def open_image(source: Source, max_pixels: int) -> Image.Image:
@@ -78,9 +79,7 @@ def _reading(source: Source, max_pixels: int) -> Iterator[Image.Image]:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             width, height = image.size
             if width * height > max_pixels:
-                raise ImageError(
-                    f"{name} has {width} x {height} pixels, more than the limit of {max_pixels}."
-                )
+                raise ImageError(f"{name} has {width} x {height} pixels; the limit is {max_pixels} in all.")
             yield image
     except _DECODER_ERRORS as error:
         raise ImageError(f"{name} cannot be read as a picture: {_reason(error)}.") from error
@@ -108,7 +107,7 @@ def _from_deep(image: Image.Image) -> Image.Image:
     """Grey of more than 8 bits, scaled to 8; Pillow's own conversion clips it to white."""
     values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
     low, high = _range(image.mode, values)
-    scaled = np.rint((values - low) * (255 / (high - low))).astype(np.uint8)
+    scaled = np.rint((values - low) * 255 / (high - low)).astype(np.uint8)
     clear = image.info.get("transparency")
     if isinstance(clear, int):  # one grey value stands for "see-through": the white page
         scaled[values == clear] = 255

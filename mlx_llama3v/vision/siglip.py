@@ -167,11 +167,9 @@ class VisionTower(nn.Module):
         return self.post_layernorm(self(patches, positions, mask, layer))
 
     def pooled(self, patches: mx.array, positions: mx.array, mask: mx.array | None = None) -> mx.array:
-        """One vector a slice, [S, D], for `SiglipModel.logits`. Raises CheckpointError for a tower without head."""
+        """One vector a slice, [S, D], for `SiglipModel.logits`. Raises CheckpointError without a head."""
         if not self.config.vision_use_head:
-            raise CheckpointError(
-                "this vision tower was saved without its pooling head, which scoring needs."
-            )
+            raise CheckpointError("this vision tower has no pooling head (vision_use_head is false).")
         return self.head(self.last_hidden_state(patches, positions, mask), mask)
 
 

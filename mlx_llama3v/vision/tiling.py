@@ -72,11 +72,11 @@ def _mismatch(width: int, height: int, cols: int, rows: int) -> Fraction:
 def _fit(width: int, height: int, cap: int) -> Grid:
     """The patch grid of at most `cap` patches that is nearest to the shape width : height and about fills it.
 
-    The exact sides are sqrt(cap * width / height) and its inverse; of their roundings up and down that stay
-    below the cap, the least distorted one is taken, the larger one of equals.
+    The exact sides are sqrt(cap * width / height) and its inverse. Each is rounded down and up and the other
+    one cut where the cap asks for it; the least distorted of these wins, the larger one of equals.
     """
-    cols = isqrt(cap * width // height)
-    rows = isqrt(cap * height // width)
-    sides = [(min(max(h, 1), cap), min(max(w, 1), cap)) for h in (rows, rows + 1) for w in (cols, cols + 1)]
-    allowed = [(h, w) for h, w in sides if h * w <= cap]
+    cols, rows = isqrt(cap * width // height), isqrt(cap * height // width)
+    sides = [(max(h, 1), max(w, 1)) for h in (rows, rows + 1) for w in (cols, cols + 1)]
+    allowed = [(min(h, cap), min(w, cap // min(h, cap))) for h, w in sides]
+    allowed += [(min(h, cap // min(w, cap)), min(w, cap)) for h, w in sides]
     return min(allowed, key=lambda grid: (_mismatch(width, height, grid[1], grid[0]), -grid[0] * grid[1]))

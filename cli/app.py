@@ -1,0 +1,72 @@
+"""The Typer application: registers the commands, and turns what goes wrong into one sentence and a status."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+
+import typer
+
+from mlx_llama3v.cli import chat, classify, convert, demo, doctor, embed, generate, store, train
+from mlx_llama3v.errors import UserError
+from mlx_llama3v.version import __version__
+
+DEBUG = "LLAMA3V_DEBUG"
+
+app = typer.Typer(
+    name="llama3v-mlx",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help="Build and run a SigLIP + Llama-3 vision-language model on this machine, offline.\n\n"
+    "convert two checkpoints, embed every picture once, train the projector, train the decoder, chat. "
+    "Start with `llama3v-mlx demo`.",
+)
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", is_eager=True, help="Print the version and stop."),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+) -> None:
+    """Options of every command."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit()
+    if debug:
+        os.environ[DEBUG] = "1"
+
+
+for module in (convert, embed, train, chat, generate, classify, demo, doctor):
+    module.register(app)
+app.add_typer(store.app, name="store")
+
+
+def run() -> None:
+    """Run the command line; every expected failure ends in one sentence on stderr and a non-zero status."""
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error), error)
+    except KeyboardInterrupt:
+        typer.echo("\nInterrupted; run the same command again to go on where it can.", err=True)
+        sys.exit(130)
+    except BrokenPipeError:  # `llama3v-mlx ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            _fail(f"the disk is full: {error.filename or 'no space left'}; free some and run it again.", error)
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            _fail(f"{error.filename}: {error.strerror}; choose a place that you may write to.", error)
+        raise
+
+
+def _fail(sentence: str, error: Exception) -> None:
+    if os.environ.get(DEBUG):
+        raise error
+    typer.secho(f"error: {sentence}", err=True, fg="red" if sys.stderr.isatty() else None)
+    sys.exit(1)

@@ -1,0 +1,104 @@
+"""Options that several commands share, and options made from a settings dataclass.
+
+A knob is written once, as a dataclass field with its default and one line of help (`metadata={"help": ...}`);
+`settings_options` turns those fields into command-line options of a command that takes `**settings`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import click
+import typer
+
+from mlx_llama3v.checkpoint import resolve
+from mlx_llama3v.config import TilingConfig
+from mlx_llama3v.errors import RunError
+from mlx_llama3v.generate import Session, load
+
+Model = Annotated[str, typer.Option("--model", help="Model directory (from `convert`) or Hub id.", show_default=False)]
+Run = Annotated[
+    Path | None, typer.Option("--run", help="Run directory (from `train`) to apply.", show_default=False)
+]
+Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network (also HF_HUB_OFFLINE=1).")]
+MaxSlices = Annotated[
+    int | None, typer.Option("--max-slices", min=0, help="Slices beside the overview; 0: none.", show_default=False)
+]
+
+
+def config_file(ctx: typer.Context, path: Path | None) -> Path | None:
+    """Callback of `--config FILE.toml`: its values become the defaults, the command line wins."""
+    if path is None:
+        return None
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing; expected a TOML file with options of this command.") from None
+    except (ValueError, OSError) as error:
+        raise RunError(f"{path} is not a TOML file: {error}.") from error
+    values = {key.replace("-", "_"): value for key, value in values.items()}
+    names = {parameter.name for parameter in ctx.command.params}
+    if unknown := sorted(values.keys() - names):
+        raise RunError(f"{path}: {', '.join(unknown)} is no option of `{ctx.command.name}`.")
+    ctx.default_map = {**(ctx.default_map or {}), **values}
+    return path
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", "-c", callback=config_file, is_eager=True, help="TOML file with defaults for these options."
+    ),
+]
+
+
+def settings_options(cls: type, skip: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command that ends in `**settings` one option for each field of dataclass `cls`, except `skip`."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        hints = get_type_hints(cls)
+        own = inspect.signature(function, eval_str=True)
+        kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        made = [_parameter(f, hints[f.name]) for f in fields(cls) if f.name not in skip]
+        function.__signature__ = own.replace(parameters=[*kept, *made])  # type: ignore[attr-defined]
+        function.__annotations__ = {p.name: p.annotation for p in [*kept, *made]}
+        return function
+
+    return decorate
+
+
+def _parameter(item: Field[Any], hint: Any) -> inspect.Parameter:
+    default = item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc]
+    flags = item.metadata.get("flags") or [f"--{item.name.replace('_', '-')}"]
+    if hint is bool:
+        flags = [f"{flags[0]}/--no-{flags[0].removeprefix('--')}"]
+    choices = item.metadata.get("choices")
+    extra = {"click_type": click.Choice(choices)} if choices else {}
+    option = typer.Option(*flags, help=item.metadata.get("help", ""), **extra)
+    return inspect.Parameter(
+        item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option]
+    )
+
+
+def tiling(base: TilingConfig, max_slices: int | None) -> TilingConfig:
+    """`base` with the cap that was asked for."""
+    return base if max_slices is None else TilingConfig(base.mode, max_slices)
+
+
+def open_session(
+    model: str, run: Path | None, system: str | None, max_slices: int | None, offline: bool
+) -> Session:
+    """A chat session on a model directory and, if given, a run; used by `chat` and `generate`."""
+    session = load(resolve(model, offline=offline), run, system=system)
+    if session.encoder is not None:
+        session.encoder.tiling = tiling(session.encoder.tiling, max_slices)
+    return session

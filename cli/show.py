@@ -1,0 +1,93 @@
+"""What a person sees: progress bars with rate and time left on stderr, tables, and one last line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mlx_llama3v.generate import Answer
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Bar:
+    """One line of progress; `update(done, total, note)` as often as one likes."""
+
+    def __init__(self, progress: Progress, unit: str, label: str) -> None:
+        self._progress, self._unit = progress, unit
+        self._task = progress.add_task(label, total=None, rate="", note="")
+
+    def update(self, done: int, total: int | None = None, note: str = "") -> None:
+        self._progress.update(self._task, completed=done, total=total, note=note)
+        elapsed = self._progress.tasks[self._task].elapsed or 0.0
+        if elapsed > 0:
+            self._progress.update(self._task, rate=f"{done / elapsed:,.1f} {self._unit}/s")
+
+
+@contextmanager
+def bar(label: str, unit: str) -> Iterator[Bar]:
+    """A progress bar that stays on the terminal; where stderr is no terminal only its last state is printed."""
+    columns = (
+        TextColumn("{task.description:<22}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=err, refresh_per_second=4) as progress:
+        yield Bar(progress, unit, label)
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table on stdout; the first column is text, the others are numbers."""
+    made = Table(title=title, title_justify="left")
+    for index, name in enumerate(columns):
+        made.add_column(name, justify="left" if index == 0 else "right")
+    for row in rows:
+        made.add_row(*row)
+    out.print(made)
+
+
+def as_json(values: Any) -> None:
+    """Machine-readable output, nothing else on stdout."""
+    sys.stdout.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def answer_stats(answer: Answer) -> str:
+    """Token counts, rates and times of an answer, on one line."""
+    times, count = answer.timings, len(answer.tokens)
+    prefill = answer.prompt_tokens / times.prefill if times.prefill else 0.0
+    decode = count / times.decode if times.decode else 0.0
+    return (
+        f"{answer.prompt_tokens} prompt tokens ({prefill:,.0f}/s), {answer.cached_tokens} reused, "
+        f"{count} answer tokens ({decode:,.1f}/s), pictures {duration(times.encode)}, "
+        f"first token after {duration(times.encode + times.prefill)}, ended by {answer.finish_reason}"
+    )
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.7 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 2 min 05 s."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

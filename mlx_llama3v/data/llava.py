@@ -1,0 +1,261 @@
+"""Reads training conversations: LLaVA's own format and the dialects that grew from it, in JSON or JSON lines.
+
+| keys of a row | pictures |
+|---|---|
+| `conversations: [{from, value}]` (LLaVA) | `image: str or [str]`, `system_prompt` beside it |
+| `messages: [{role, content: str}]` (ShareGPT) | `images: [str]` |
+| `messages: [{role, content: [parts]}]` (OpenAI-like) | parts `image_url` or `image` of a turn |
+
+Placeholders (`<image>`, `<IMG_CONTEXT>`) say which turn brings a picture; they are removed from the text, for
+where it stands inside a turn is decided by the prompt layout alone (DESIGN 6).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mlx_llama3v.data.records import Problem, Record, RecordFile
+from mlx_llama3v.errors import DataError
+from mlx_llama3v.text.prompt import Message
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".jp2")
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "pretrain": "pretrain",  # one turn that is a caption with its pictures
+}
+_PLACEHOLDER = re.compile(r"<image>|<IMG_CONTEXT>")
+_PLACEHOLDERS = re.compile(rf"\s*(?:(?:{_PLACEHOLDER.pattern})\s*)+")
+
+
+class _Refused(Exception):
+    """Why one row cannot be used; becomes its Problem."""
+
+
+def read_records(path: str | Path) -> RecordFile:
+    """Read one data file. A row that cannot be used becomes a Problem with its line or record number.
+
+    Raises DataError naming the file and position when it is not JSON, or holds no list of rows.
+    """
+    path = Path(path)
+    records, problems = [], []
+    for where, number, row in _rows(path):
+        if isinstance(row, Problem):
+            problems.append(row)
+            continue
+        try:
+            records.append(_record(row, number))
+        except _Refused as refused:
+            problems.append(Problem(f"{path.name}: {where}", str(refused)))
+    return RecordFile(path, tuple(records), tuple(problems))
+
+
+def _rows(path: Path) -> Iterator[tuple[str, int, Any]]:
+    """(where, number from 1, parsed row or Problem) of each row, whatever the name says of JSON lines."""
+    try:
+        text = path.read_text("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}).") from error
+    if not text.strip():
+        raise DataError(f"{path} is empty; expected a list of conversations.")
+    if not text.lstrip().startswith("[") and (path.suffix == ".jsonl" or _starts_with_line(text)):
+        yield from _lines(path, text)
+        return
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON ({error}); expected a list of conversations.") from error
+    if isinstance(rows, dict) and _is_row(rows):
+        rows = [rows]
+    if not isinstance(rows, list):
+        raise DataError(f"{path} holds one {type(rows).__name__}; expected a list of conversations.")
+    for number, row in enumerate(rows, 1):
+        yield f"record {number}", number, row
+
+
+def _starts_with_line(text: str) -> bool:
+    """Whether the first line is a JSON object of its own: JSON lines under another name."""
+    first, _, rest = text.lstrip().partition("\n")
+    try:
+        return isinstance(json.loads(first), dict) and bool(rest.strip())
+    except (ValueError, RecursionError):
+        return False
+
+
+def _lines(path: Path, text: str) -> Iterator[tuple[str, int, Any]]:
+    # Not splitlines(): it also cuts at U+2028 and its kin, which JSON allows inside a string.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"line {number}"
+        try:
+            yield where, number, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = f"not JSON ({str(error).replace('line 1 column', 'column')})"
+            yield where, number, Problem(f"{path.name}: {where}", reason)
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and ("conversations" in row or "messages" in row)
+
+
+def _record(row: Any, number: int) -> Record:
+    """One row of any dialect. Raises _Refused."""
+    if not _is_row(row):
+        what = f"an object with the keys {', '.join(row)}" if isinstance(row, dict) else repr(row)
+        raise _Refused(f"it is {what:.80}; expected 'conversations' or 'messages'")
+    for key in ("video", "videos", "audio", "audios"):
+        if row.get(key):
+            raise _Refused(f"it has a {key.rstrip('s')}; only pictures are supported")
+    turns = row["conversations"] if "conversations" in row else row["messages"]
+    if not isinstance(turns, list) or not turns:
+        raise _Refused("its conversation is not a list of turns")
+    pictures = _Pictures(_names(row.get("image")) + _names(row.get("images")))
+    messages = [message for turn in turns for message in _messages(turn, pictures)]
+    messages = pictures.give_rest(messages)
+    if prompt := row.get("system_prompt"):
+        messages.insert(0, Message("system", _string(prompt)))
+    name = row.get("id")
+    return Record(str(number if name is None else name), tuple(pictures.names), tuple(messages))
+
+
+class _Pictures:
+    """The pictures of one row and which turn brings them."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names  # grows by those that stand in the turns themselves
+        self._listed = len(names)
+        self._next = 0
+
+    def claim(self, own: list[str], placeholders: int) -> tuple[int, ...]:
+        """Indices of a turn's pictures: its own, then a listed one for each further placeholder."""
+        first, wanted = len(self.names), max(0, placeholders - len(own))
+        self.names += own
+        if self._next + wanted > self._listed:
+            raise _Refused("it has more image placeholders than pictures")
+        self._next += wanted
+        return (*range(first, first + len(own)), *range(self._next - wanted, self._next))
+
+    def give_rest(self, messages: list[Message]) -> list[Message]:
+        """Listed pictures without a placeholder go to the first user turn, after those it has."""
+        rest = tuple(range(self._next, self._listed))
+        if not rest:
+            return messages
+        at = next((i for i, message in enumerate(messages) if message.role == "user"), None)
+        if at is None:
+            raise _Refused("it has pictures but no user turn")
+        user = messages[at]
+        messages[at] = Message(user.role, user.text, user.images + rest)
+        return messages
+
+
+def _messages(turn: Any, pictures: _Pictures) -> list[Message]:
+    """One turn; a `pretrain` turn becomes the pair (pictures, caption)."""
+    if not isinstance(turn, dict):
+        raise _Refused(f"a turn is {turn!r:.40}, expected an object")
+    given = turn.get("role", turn.get("from"))
+    role = _ROLES.get(given) if isinstance(given, str) else None
+    if role is None:
+        raise _Refused(f"a turn has the role {given!r:.40}; expected one of {', '.join(_ROLES)}")
+    text, own = _content(turn.get("content", turn.get("value")))
+    if role == "assistant":  # What a model says is never a placeholder.
+        if own:
+            raise _Refused("an answer holds a picture")
+        return [Message(role, text)]
+    images = pictures.claim(own, len(_PLACEHOLDER.findall(text)))
+    text = _without_placeholders(text)
+    if role == "pretrain":
+        return [Message("user", "", images), Message("assistant", text)]
+    if role == "system" and images:
+        raise _Refused("a system turn holds a picture")
+    return [Message(role, text, images)]
+
+
+def _without_placeholders(text: str) -> str:
+    """What remains keeps its words apart: by the line break that was there, else by a space."""
+    if not _PLACEHOLDER.search(text):
+        return text
+    return _PLACEHOLDERS.sub(lambda match: "\n" if "\n" in match[0] else " ", text).strip()
+
+
+def _content(content: Any) -> tuple[str, list[str]]:
+    """Text and own pictures of one turn, which may be a string or a list of typed parts."""
+    if not isinstance(content, list):
+        return _string(content), []
+    texts, own = [], []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text":
+            texts.append(_string(part.get("text", part.get("value"))))
+        elif kind in ("image", "image_url"):
+            own += _names(part.get(kind, part.get("value")))
+        else:
+            raise _Refused(f"a part has the type {kind!r:.40}; expected text, image or image_url")
+    return "\n".join(texts), own
+
+
+def _names(value: Any) -> list[str]:
+    """Picture names in any spelling: "a.jpg", ["a.jpg"], {"url": "a.jpg"}, {"path": "a.jpg"}, none."""
+    if value is None or value == "":
+        return []
+    if isinstance(value, list):
+        return [name for item in value for name in _names(item)]
+    if isinstance(value, dict):
+        value = value.get("url", value.get("path"))
+    if not isinstance(value, str) or not value:
+        raise _Refused(f"a picture is given as {value!r:.40}; expected its file name")
+    return [value]
+
+
+def _string(value: Any) -> str:
+    if not isinstance(value, str):
+        raise _Refused(f"a text is {value!r:.40}; expected a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half an emoji, which JSON can spell and no tokenizer takes
+        raise _Refused(f"a text is not valid Unicode at character {error.start}") from error
+    return value
+
+
+def image_paths(file: RecordFile, image_folder: str | Path | None = None) -> dict[str, Path]:
+    """Where the pictures of a data file lie: name -> path, in the order of their first use.
+
+    Looked up below `image_folder`, then the data file's folder and three above it, each with the name as it
+    stands and without a leading "data/". A name that is nowhere keeps the first place that was tried, so that
+    `embed` lists it among its failures.
+    """
+    home = file.path.resolve().parent
+    folders = [*([Path(image_folder)] if image_folder is not None else []), home, *list(home.parents)[:3]]
+    return {name: _find(name, folders) for name in file.images}
+
+
+def _find(name: str, folders: Iterable[Path]) -> Path:
+    spellings = dict.fromkeys((name, name.removeprefix("data/")))
+    places = [folder / spelling for folder in folders for spelling in spellings]
+    return next((place for place in places if os.path.isfile(place)), places[0])
+
+
+def folder_images(folder: str | Path) -> dict[str, Path]:
+    """The pictures of a folder and those below it, by name relative to it, sorted.
+
+    By file name ending alone; hidden files are left out. Raises DataError when it is no folder or holds none.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder of pictures.")
+    files = (file for file in folder.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
+    found = {file.relative_to(folder).as_posix(): file for file in files}
+    found = {name: found[name] for name in sorted(found) if not re.search(r"(^|/)\.", name)}
+    if not found:
+        raise DataError(f"{folder} holds no picture ({', '.join(PICTURES)}).")
+    return found

@@ -1,0 +1,52 @@
+"""What every data source is turned into: a conversation and the names of its pictures.
+
+A row that cannot be used is a `Problem`, not an exception: it is counted, shown, and the rest goes on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_llama3v.text.prompt import Message
+
+
+@dataclass(frozen=True)
+class Record:
+    """One conversation. `Message.images` are indices into `images`, the names of its pictures."""
+
+    id: str
+    images: tuple[str, ...]
+    messages: tuple[Message, ...]
+
+    @property
+    def caption(self) -> bool:
+        """Whether it is pictures and one answer with nothing asked: the bare form of stage pretrain."""
+        asked = any(message.text.strip() for message in self.messages if message.role != "assistant")
+        answers = sum(message.role == "assistant" for message in self.messages)
+        return bool(self.images) and not asked and answers == 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that was left out: where it stands ("train.json: record 7", "photo.jpg") and why."""
+
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class RecordFile:
+    """What one data file gave."""
+
+    path: Path
+    records: tuple[Record, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Names of all pictures, each once, in the order of their first use."""
+        return tuple(dict.fromkeys(name for record in self.records for name in record.images))

@@ -1,0 +1,226 @@
+"""Fills a store: threads prepare pictures while the main thread encodes slices of many pictures at a time.
+
+Pictures are stored in the order given and nothing depends on timing; a run that was killed goes on where the
+last complete shard ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mlx_llama3v.config import Encoded, Grid, SliceLayout
+from mlx_llama3v.embeddings.store import StoreWriter
+from mlx_llama3v.errors import ImageError
+
+_WINDOW = 4  # batches that are collected before encoding: slices of like shape find each other there
+
+
+class Encoder(Protocol):
+    """What is asked of vision.encode.Encoder."""
+
+    def prepare(self, source: str | Path) -> tuple[SliceLayout, list[np.ndarray]]:
+        """Layout and the patches [P_i, C] of each slice; called in threads. Raises ImageError."""
+
+    def encode(self, slices: Sequence[tuple[Grid, np.ndarray]], batch_size: int) -> list[np.ndarray]:
+        """(patch grid, patches) of slices of any pictures -> embeddings [P_i, D] of each."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the store's manifest must say."""
+
+
+@dataclass(frozen=True)
+class EmbedProgress:
+    """Where a run is: names done of total, and what it made so far."""
+
+    done: int
+    total: int
+    slices: int  # encoded
+    bytes: int  # of embeddings made, as stored
+    waiting_seconds: float  # that the encoder waited for pictures
+
+
+@dataclass(frozen=True)
+class EmbedSummary:
+    """What a run did. new + duplicates + reused + failed = names given."""
+
+    new: int  # pictures that were encoded
+    duplicates: int  # names whose bytes were known under another name
+    reused: int  # names that were in the store before
+    failed: int  # see failures.jsonl
+    slices: int
+    patches: int
+    bytes: int  # of the new embeddings, as stored
+    seconds: float
+    waiting_seconds: float
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a thread hands over: a picture, or only its hash when that is stored, or why it cannot be read."""
+
+    sha: str = ""
+    layout: SliceLayout | None = None
+    patches: Sequence[np.ndarray] = ()
+    reason: str = ""
+
+
+@dataclass
+class _Run:
+    """Counts of a run, and the prepared pictures that wait for the encoder."""
+
+    total: int
+    new: int = 0
+    duplicates: int = 0
+    reused: int = 0
+    failed: int = 0
+    slices: int = 0
+    patches: int = 0
+    bytes: int = 0
+    waiting_seconds: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+    # content hash -> names, layout, patches of each slice
+    queue: dict[str, tuple[list[str], SliceLayout, Sequence[np.ndarray]]] = field(default_factory=dict)
+
+    @property
+    def queued_slices(self) -> int:
+        return sum(len(patches) for _, _, patches in self.queue.values())
+
+    def ahead(self, slices: int) -> int:
+        """About how many pictures hold that many slices, by what was seen so far."""
+        return -(-slices * max(1, self.new) // max(1, self.slices))
+
+    def progress(self) -> EmbedProgress:
+        done = self.new + self.duplicates + self.reused + self.failed
+        return EmbedProgress(done, self.total, self.slices, self.bytes, self.waiting_seconds)
+
+    def summary(self) -> EmbedSummary:
+        counts = {f.name: getattr(self, f.name) for f in fields(EmbedSummary) if f.name != "seconds"}
+        return EmbedSummary(**counts, seconds=time.perf_counter() - self.started)
+
+
+def embed_images(
+    images: Iterable[tuple[str, str | Path]],
+    encoder: Encoder,
+    writer: StoreWriter,
+    *,
+    batch_size: int = 8,
+    workers: int | None = None,
+    progress: Callable[[EmbedProgress], None] | None = None,
+) -> EmbedSummary:
+    """Put every (name, path) that is not there yet into the store, and flush it.
+
+    A picture that cannot be read is listed in the store's failures and the run goes on. Files with equal
+    bytes are encoded once.
+
+    Args:
+        batch_size: slices in the tower at a time.
+        workers: threads that open, split and cut pictures; default: one a core, at most eight.
+        progress: called in this thread after every picture that was taken up; keep it cheap.
+
+    Raises:
+        StoreError: the store cannot be written, or belongs to another encoder.
+    """
+    writer.require(encoder.fingerprint())
+    names = dict(images)
+    run = _Run(len(names))
+    todo = [(name, path) for name, path in names.items() if not writer.has(name)]
+    run.reused = run.total - len(todo)
+    workers = workers or min(8, os.cpu_count() or 1)
+    window = batch_size * _WINDOW
+    for name, prepared in _prepare_ahead(todo, encoder, writer, workers, window, run):
+        _take(name, prepared, writer, run)
+        if run.queued_slices >= window:
+            _encode(encoder, writer, batch_size, run)
+        if progress is not None:
+            progress(run.progress())
+    _encode(encoder, writer, batch_size, run)
+    writer.flush()
+    if progress is not None:
+        progress(run.progress())
+    return run.summary()
+
+
+def _prepare_ahead(
+    todo: Sequence[tuple[str, str | Path]],
+    encoder: Encoder,
+    writer: StoreWriter,
+    workers: int,
+    window: int,
+    run: _Run,
+) -> Iterator[tuple[str, _Prepared]]:
+    """Prepared pictures in the order given. While one window is encoded, the threads prepare the next one."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="prepare")
+    ahead: deque[tuple[str, Future[_Prepared]]] = deque()
+    waiting = iter(todo)
+    try:
+        while True:
+            for name, path in islice(waiting, max(0, workers + run.ahead(window) - len(ahead))):
+                ahead.append((name, pool.submit(_prepare, path, encoder, writer.has_hash)))
+            if not ahead:
+                return
+            name, future = ahead.popleft()
+            started = time.perf_counter()
+            prepared = future.result()
+            run.waiting_seconds += time.perf_counter() - started
+            yield name, prepared
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _prepare(path: str | Path, encoder: Encoder, has_hash: Callable[[str], bool]) -> _Prepared:
+    """Runs in a thread. The hash comes first, so that bytes which are stored cost no decoding."""
+    try:
+        sha = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return _Prepared(reason=f"{path} does not exist.")
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        return _Prepared(reason=f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.")
+    if has_hash(sha):
+        return _Prepared(sha)
+    try:
+        return _Prepared(sha, *encoder.prepare(path))
+    except ImageError as error:
+        return _Prepared(sha, reason=str(error))
+
+
+def _take(name: str, prepared: _Prepared, writer: StoreWriter, run: _Run) -> None:
+    """Sort one picture in: failed, known, or waiting for the encoder."""
+    if prepared.reason:
+        writer.fail(name, prepared.reason)
+        run.failed += 1
+    elif writer.has_hash(prepared.sha):
+        writer.alias(name, prepared.sha)
+        run.duplicates += 1
+    elif prepared.sha in run.queue:
+        run.queue[prepared.sha][0].append(name)
+    elif prepared.layout is not None:
+        run.queue[prepared.sha] = ([name], prepared.layout, prepared.patches)
+
+
+def _encode(encoder: Encoder, writer: StoreWriter, batch_size: int, run: _Run) -> None:
+    """Encode and store what is queued."""
+    slices = [
+        item for _, layout, patches in run.queue.values() for item in zip(layout.grids, patches, strict=True)
+    ]
+    found = iter(encoder.encode(slices, batch_size) if slices else [])
+    for sha, (names, layout, _) in run.queue.items():
+        values = np.concatenate([next(found) for _ in layout.grids])
+        run.bytes += writer.add(names[0], sha, Encoded(layout, values))
+        for name in names[1:]:
+            writer.alias(name, sha)
+        run.new += 1
+        run.duplicates += len(names) - 1
+        run.slices += len(layout.grids)
+        run.patches += layout.patches
+    run.queue.clear()

@@ -1,0 +1,40 @@
+"""The optimizer: AdamW in float32, a schedule that is a pure function of the step, clipping by the global norm."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+from mlx.optimizers import AdamW
+from mlx.utils import tree_flatten, tree_map
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.0, floor: float = 0.0) -> float:
+    """Learning rate of `step` (from 0) of `steps`: a linear rise over the share `warmup`, then a cosine.
+
+    The first step already learns, the last step of the rise reaches `peak`, and the cosine ends at `floor` * `peak`.
+    """
+    rise = math.ceil(warmup * steps)
+    if step < rise:
+        return peak * (step + 1) / rise
+    done = (step - rise) / max(1, steps - rise)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def adamw(weight_decay: float) -> AdamW:
+    """AdamW with the usual bias correction (MLX leaves it out by default); the rate is set at every step."""
+    return AdamW(learning_rate=0.0, betas=[0.9, 0.999], eps=1e-8, weight_decay=weight_decay, bias_correction=True)
+
+
+def mean_and_clip(gradients: Any, count: mx.array, limit: float) -> tuple[Any, mx.array]:
+    """Summed gradients -> (mean over `count`, clipped; global norm of the mean before it was clipped).
+
+    One factor does both, so that the gradients are read once. `limit` 0 leaves the norm as it is.
+    """
+    squares = [mx.square(g).sum() for _, g in tree_flatten(gradients)]
+    norm = mx.sqrt(mx.stack(squares).sum()) / count
+    factor = 1 / count
+    if limit > 0:
+        factor = factor * mx.minimum(1.0, limit / (norm + 1e-6))
+    return tree_map(lambda g: g * factor, gradients), norm

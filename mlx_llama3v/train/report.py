@@ -1,0 +1,154 @@
+"""What a run tells: events for whoever watches it, `metrics.jsonl`, and the curves in `loss.png`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_llama3v.data.records import Problem
+from mlx_llama3v.train.lora import Trainable
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Before the first step: all data were checked, the model is ready."""
+
+    rows: int
+    held_out: int  # rows kept for evaluation
+    problems: tuple[Problem, ...]  # rows left out, and why
+    longest: int  # tokens of the longest row
+    steps: int
+    done: int  # steps done before, of a resumed run
+    trainable: Trainable
+    sample: tuple[tuple[str, str], ...]  # the first row as (text, kind) spans, see text.prompt.describe
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A stretch of steps, every `steps_per_report`; rates and means are over that stretch alone."""
+
+    step: int
+    steps: int
+    epoch: float
+    loss: float  # nats a target
+    learning_rate: float
+    grad_norm: float  # mean over the steps, before clipping
+    tokens: int  # targets
+    rows_per_second: float
+    tokens_per_second: float  # positions of rows, without padding
+    padding: float  # share of the positions
+    seconds: float  # since the start of the run, evaluations and interruptions left out
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss on the held-out rows: as they are, with each other's pictures, and without any.
+
+    A model that looks has the lowest loss by far on the first. None where rows have no pictures.
+    """
+
+    step: int
+    eval_loss: float
+    eval_shuffled: float | None = None
+    eval_blind: float | None = None
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Who watches a run; each may be left out."""
+
+    started: Callable[[Start], None] | None = None
+    progress: Callable[[Progress], None] | None = None
+    evaluated: Callable[[Evaluation], None] | None = None
+
+
+@dataclass
+class Window:
+    """Running sums of the report in the making; they travel with a checkpoint."""
+
+    loss: float = 0.0
+    tokens: float = 0.0
+    norm: float = 0.0
+    steps: float = 0.0
+    rows: float = 0.0
+    positions: float = 0.0
+    padded: float = 0.0
+    seconds: float = 0.0  # of this stretch
+    before: float = 0.0  # seconds of the run before it
+
+    def close(self, step: int, steps: int, epoch: float, learning_rate: float) -> Progress:
+        """The report of this stretch; the sums begin anew."""
+        seconds = max(self.seconds, 1e-9)
+        report = Progress(
+            step=step,
+            steps=steps,
+            epoch=round(epoch, 4),
+            loss=self.loss / max(self.tokens, 1),
+            learning_rate=learning_rate,
+            grad_norm=self.norm / max(self.steps, 1),
+            tokens=int(self.tokens),
+            rows_per_second=self.rows / seconds,
+            tokens_per_second=self.positions / seconds,
+            padding=1 - self.positions / max(self.padded, 1),
+            seconds=self.before + self.seconds,
+        )
+        self.__init__(before=report.seconds)  # type: ignore[misc]
+        return report
+
+
+@dataclass
+class Metrics:
+    """`metrics.jsonl`: one JSON object a line, rewound to the checkpoint when a run is resumed."""
+
+    path: Path
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, path: Path, done: int) -> Metrics:
+        """Keep what was written up to step `done`; a line cut short by a kill is dropped."""
+        lines = [line for line in _read(path) if line["step"] <= done] if done else []
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        return cls(path, lines)
+
+    def add(self, event: Progress | Evaluation) -> None:
+        """Append one line."""
+        line = {key: value for key, value in asdict(event).items() if value is not None}
+        self.lines.append(line)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _read(path: Path) -> Iterable[dict[str, Any]]:
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return
+
+
+def plot(metrics: Metrics, path: Path, title: str) -> None:
+    """Draw training and evaluation loss and the learning rate over the steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    names = {"loss": "training", "eval_loss": "held out", "eval_shuffled": "wrong pictures", "eval_blind": "no pictures"}
+    for key, label in names.items():
+        points = [(line["step"], line[key]) for line in metrics.lines if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 30 else "", linewidth=1.5)
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    axes.legend(frameon=False)
+    rates = [(line["step"], line["learning_rate"]) for line in metrics.lines if "learning_rate" in line]
+    if rates:
+        twin = axes.twinx()
+        twin.plot(*zip(*rates, strict=True), color="0.75", linewidth=1, zorder=0)
+        twin.set_ylabel("learning rate", color="0.5")
+    FigureCanvasAgg(figure).print_png(str(path))

@@ -1,0 +1,123 @@
+"""Checkpoints of a run: complete or absent, rotated, and enough to go on to the same bytes.
+
+`checkpoints/step-NNNNNNN/` holds what learns (`weights.safetensors`), AdamW's state and the random state
+(`optimizer.safetensors`), and `state.json`: the step, which with the seed is also the position in the data, the
+settings and a digest of the data, so that a run cannot go on with others by mistake. A checkpoint is built under a
+hidden name, synced and renamed; it is renamed back before it is deleted. So a kill leaves no half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.optimizers import Optimizer
+from mlx.utils import tree_flatten, tree_map_with_path
+
+from mlx_llama3v.errors import RunError
+from mlx_llama3v.tensors import load_file, mismatches, save_safetensors_atomic, sync, write_text
+
+CHECKPOINTS = "checkpoints"
+WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+_NAME = re.compile(r"step-(\d{7,})")
+_RANDOM = "random"  # tensor name of MLX's random state, beside "optimizer.*"
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands. `window` is the unfinished report."""
+
+    step: int  # steps done
+    seed: int
+    batches: int  # batches done, over all epochs: the position in the data
+    settings: dict[str, Any]  # what must be the same to go on
+    window: dict[str, float]
+
+
+def save(run_dir: Path, state: State, model: nn.Module, optimizer: Optimizer, keep: int) -> Path:
+    """Write a checkpoint, then delete all but the newest `keep`. Returns its directory."""
+    folder = run_dir / CHECKPOINTS
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover)
+    final = folder / f"step-{state.step:07d}"
+    partial = folder / f".{final.name}.partial"
+    partial.mkdir()
+    tensors = {f"optimizer.{name}": value for name, value in tree_flatten(optimizer.state)}
+    save_safetensors_atomic(partial / OPTIMIZER, {**tensors, _RANDOM: mx.random.state[0]})
+    save_safetensors_atomic(partial / WEIGHTS, dict(tree_flatten(model.trainable_parameters())))
+    write_text(partial / STATE, json.dumps(asdict(state), indent=2) + "\n")
+    sync(partial)
+    if final.exists():  # a run that went on from an older checkpoint
+        _remove(final)
+    os.rename(partial, final)
+    sync(folder)
+    for old in checkpoints(run_dir)[:-keep]:
+        _remove(old)
+    return final
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first. Raises RunError naming one that lacks a file (not of our making)."""
+    folder = run_dir / CHECKPOINTS
+    names = sorted(folder.iterdir(), key=lambda path: path.name) if folder.is_dir() else []
+    found = sorted((path for path in names if _NAME.fullmatch(path.name)), key=_step)
+    for path in found:
+        missing = [name for name in (WEIGHTS, OPTIMIZER, STATE) if not (path / name).is_file()]
+        if missing:
+            raise RunError(f"{path} is incomplete: it has no {', '.join(missing)}; delete it to go on without it.")
+    return found
+
+
+def read_state(checkpoint: Path) -> State:
+    """`state.json` of a checkpoint. Raises RunError naming it when it is damaged."""
+    path = checkpoint / STATE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return State(**{field.name: values[field.name] for field in fields(State)})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged; delete {checkpoint} to go on from an older one.") from error
+
+
+def require_same(checkpoint: Path, have: Mapping[str, Any], want: Mapping[str, Any]) -> None:
+    """Raise RunError naming every setting, with both values, that differs from the checkpoint's."""
+    differ = [key for key in {**have, **want} if have.get(key) != want.get(key)]
+    if differ:
+        what = "; ".join(f"{key} was {have.get(key)!r} and is {want.get(key)!r} now" for key in differ)
+        raise RunError(f"{checkpoint} was made with other settings: {what}; resume with those, or start a new run.")
+
+
+def restore(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Set weights, optimizer state and random state from a checkpoint. Raises RunError where they do not fit."""
+    weights, tensors = load_file(checkpoint / WEIGHTS), load_file(checkpoint / OPTIMIZER)
+    random = tensors.pop(_RANDOM, None)
+    wanted = {f"optimizer.{name}": value for name, value in tree_flatten(optimizer.state)}
+    phrases = mismatches(dict(tree_flatten(model.trainable_parameters())), weights)
+    phrases += mismatches(wanted, tensors) + ([] if random is not None else [f"missing {_RANDOM}"])
+    if phrases:
+        raise RunError(f"{checkpoint} does not fit this model: {'; '.join(phrases)}.")
+    model.load_weights(list(weights.items()), strict=False)
+    optimizer.state = tree_map_with_path(lambda name, _: tensors[f"optimizer.{name}"], optimizer.state)
+    optimizer.init(model.trainable_parameters())
+    mx.random.state[0] = random
+    mx.eval(model.parameters(), optimizer.state, random)
+
+
+def _step(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint; its name goes first, so that a kill in between leaves no half of one."""
+    hidden = path.with_name(f".{path.name}.old")
+    os.rename(path, hidden)
+    shutil.rmtree(hidden)

@@ -1,0 +1,324 @@
+"""Every command's happy path and its likeliest mistakes: one sentence on stderr, status 1, no traceback."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from mlx_llama3v.cli.app import app, run
+from mlx_llama3v.demo.dataset import DataSet, draw
+from mlx_llama3v.weights import TINY
+from tests.hf_llama import make_llama
+from tests.hf_siglip import make_siglip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    status: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Outcome]
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """Run the command line in this process."""
+
+    def call(*args: object, stdin: str = "") -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["llama3v-mlx", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setenv("COLUMNS", "200")
+        capsys.readouterr()
+        status = 0
+        try:
+            run()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        said = capsys.readouterr()
+        return Outcome(status, said.out, said.err)
+
+    return call
+
+
+def refused(outcome: Outcome, *words: str) -> None:
+    """One sentence that names what was wrong."""
+    assert outcome.status == 1, outcome
+    assert "Traceback" not in outcome.err
+    sentence = outcome.err[outcome.err.index("error: ") :].strip()
+    assert "\n" not in sentence, sentence
+    for word in words:
+        assert word in sentence, sentence
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything a user has after convert and embed."""
+
+    data: DataSet
+    model: Path
+    store: Path
+    picture: Path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    from mlx_llama3v.stages import embed_data
+    from mlx_llama3v.weights.convert import convert
+
+    root = tmp_path_factory.mktemp("world")
+    data = draw(root / "data", 8, 9, seed=0)
+    convert(TINY / "siglip", TINY / "llama", root / "model")
+    embed_data(root / "model", data.captions, root / "store", image_folder=data.images)
+    yield World(data, root / "model", root / "store", data.images / "train-00000.png")
+
+
+def _picture(world: World) -> Path:
+    return sorted(world.data.images.iterdir())[0]
+
+
+# --- help
+
+
+def test_help_of_every_command_has_an_example(cli: Cli) -> None:
+    import typer
+
+    group = typer.main.get_command(app)
+    names = [[name] for name in group.commands if name != "store"] + [["store", "info"], ["store", "verify"]]  # type: ignore[attr-defined]
+    assert len(names) >= 9
+    for name in names:
+        outcome = cli(*name, "--help")
+        assert outcome.status == 0 and "Example" in outcome.out, name
+
+
+def test_version(cli: Cli) -> None:
+    from mlx_llama3v import __version__
+
+    assert cli("--version").out.strip() == __version__
+
+
+# --- convert
+
+
+def test_convert(cli: Cli, tmp_path: Path) -> None:
+    outcome = cli("convert", "--vision", TINY / "siglip", "--llm", TINY / "llama", "--mlx-path", tmp_path / "m")
+    assert outcome.status == 0 and str(tmp_path / "m") in outcome.out.splitlines()[-1]
+    assert (tmp_path / "m" / "model.safetensors.index.json").is_file()
+
+
+def test_convert_quantized_reports_every_layer(cli: Cli, tmp_path: Path) -> None:
+    args = ("--vision", TINY / "siglip", "--llm", TINY / "llama", "--mlx-path", tmp_path / "m", "-q")
+    outcome = cli("convert", *args)
+    assert outcome.status == 0 and "bits per weight" in outcome.out and "q_proj" in outcome.out
+
+
+def test_convert_mistakes(cli: Cli, tmp_path: Path) -> None:
+    siglip, llama, out = TINY / "siglip", TINY / "llama", tmp_path / "m"
+    refused(cli("convert", "--vision", llama, "--llm", siglip, "--mlx-path", out), str(llama))
+    refused(cli("convert", "--vision", tmp_path / "none", "--llm", llama, "--mlx-path", out), "none")
+    pickles = tmp_path / "pickles"
+    shutil.copytree(llama, pickles)
+    (pickles / "model.safetensors").rename(pickles / "pytorch_model.bin")
+    refused(cli("convert", "--vision", siglip, "--llm", pickles, "--mlx-path", out), "pytorch_model.bin", "safetensors")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("do not touch")
+    refused(cli("convert", "--vision", siglip, "--llm", llama, "--mlx-path", mine), "mine")
+    assert (mine / "thesis.txt").read_text() == "do not touch"
+    refused(cli("convert", "--vision", siglip, "--llm", llama, "--mlx-path", out, "-q", "--q-bits", 7), "7")
+    refused(cli("convert", "--vision", siglip, "--llm", llama, "--mlx-path", out, "--projector", "magic"), "magic")
+    assert not out.exists()
+
+
+# --- embed and store
+
+
+def test_embed_goes_on(cli: Cli, world: World, tmp_path: Path) -> None:
+    args = ("embed", "--model", world.model, "--data", world.data.captions, "--output", tmp_path / "s")
+    first = cli(*args, "--image-folder", world.data.images)
+    assert first.status == 0 and "8 pictures encoded" in first.out and "Store:" in first.out.splitlines()[-1]
+    again = cli(*args, "--image-folder", world.data.images)
+    assert "0 pictures encoded" in again.out and "8 were there" in again.out
+
+
+def test_embed_a_folder_with_a_broken_picture(cli: Cli, world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    shutil.copy(_picture(world), folder / "good.png")
+    (folder / "bad.png").write_bytes(b"not a picture")
+    outcome = cli("embed", "--model", world.model, "--data", folder, "--output", tmp_path / "s")
+    assert outcome.status == 0 and "bad.png" in outcome.err and "1 could not be read" in outcome.out
+
+
+def test_embed_mistakes(cli: Cli, world: World, tmp_path: Path) -> None:
+    model, output = ("--model", world.model), ("--output", tmp_path / "s")
+    refused(cli("embed", *model, "--data", tmp_path / "none.json", *output), "none.json")
+    (tmp_path / "bad.json").write_text('[{"id": 1, ')
+    refused(cli("embed", *model, "--data", tmp_path / "bad.json", *output), "bad.json")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused(cli("embed", *model, "--data", empty, *output), "empty")
+    refused(cli("embed", "--model", TINY / "siglip", "--data", world.data.captions, *output), "llama3v")
+    outcome = cli(
+        "embed", *model, "--data", world.data.captions, "--image-folder", world.data.images,
+        "--output", world.store, "--max-slices", 2,
+    )  # fmt: skip
+    refused(outcome, "max_slices", "2", "6")
+
+
+def test_store_info_and_verify(cli: Cli, world: World) -> None:
+    values = json.loads(cli("store", "info", world.store, "--json").out)
+    assert values["images"] == 8 and values["codec"] == "float16"
+    assert {"slices", "tokens", "bytes"} <= values.keys()
+    assert "images" in cli("store", "info", world.store).out
+    assert "whole" in cli("store", "verify", world.store).out
+
+
+def test_store_mistakes(cli: Cli, world: World, tmp_path: Path) -> None:
+    refused(cli("store", "info", tmp_path / "none"), "none")
+    copy = tmp_path / "copy"
+    shutil.copytree(world.store, copy)
+    shard = next(copy.glob("shard-*.safetensors"))
+    os.truncate(shard, shard.stat().st_size - 100)
+    refused(cli("store", "info", copy), shard.name)
+
+
+# --- train
+
+
+def _train(cli: Cli, world: World, output: Path, *more: object, stage: str = "pretrain") -> Outcome:
+    data = world.data.captions if stage == "pretrain" else world.data.conversations
+    return cli(
+        "train", "--model", world.model, "--stage", stage, "--data", data, "--embeddings", world.store,
+        "--output", output, "--batch-size", 4, "--iters", 3, *more,
+    )  # fmt: skip
+
+
+def test_train_both_stages_and_use_them(cli: Cli, world: World, tmp_path: Path) -> None:
+    first = _train(cli, world, tmp_path / "one")
+    assert first.status == 0, first.err
+    assert (tmp_path / "one" / "projector.safetensors").is_file()
+    assert (tmp_path / "one" / "metrics.jsonl").is_file() and (tmp_path / "one" / "loss.png").is_file()
+    second = _train(cli, world, tmp_path / "two", "--projector", tmp_path / "one", stage="sft")
+    assert second.status == 0, second.err
+    assert (tmp_path / "two" / "adapters.safetensors").is_file()
+    outcome = cli(
+        "generate", "--model", world.model, "--run", tmp_path / "two", "--image", _picture(world),
+        "--prompt", "How many shapes are there?", "--max-tokens", 5, "--json",
+    )  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    assert json.loads(outcome.out)["prompt_tokens"] > 16
+
+
+def test_train_config_file_and_command_line(cli: Cli, world: World, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("learning_rate = 0.5\nseed = 7\n")
+    outcome = _train(cli, world, tmp_path / "run", "--config", tmp_path / "c.toml", "--seed", 8)
+    assert outcome.status == 0, outcome.err
+    text = (tmp_path / "run" / "config.json").read_text()
+    assert '"learning_rate": 0.5' in text and '"seed": 8' in text
+
+
+def test_train_mistakes(cli: Cli, world: World, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    base = ("train", "--model", world.model, "--stage", "pretrain", "--output", output)
+    refused(cli(*base, "--data", world.data.captions, "--embeddings", tmp_path / "none"), "none")
+    refused(cli(*base, "--data", tmp_path / "no.json", "--embeddings", world.store), "no.json")
+    assert cli("train", "--model", world.model, "--stage", "both").status == 2
+    (tmp_path / "c.toml").write_text("learnign_rate = 1\n")
+    refused(_train(cli, world, output, "--config", tmp_path / "c.toml"), "learnign_rate")
+    refused(_train(cli, world, output, "--learning-rate", -1), "learning_rate", "-1")
+    strangers = [{"id": "x", "image": "x.png", "conversations": [{"from": "gpt", "value": "A cat."}]}]
+    (tmp_path / "x.json").write_text(json.dumps(strangers))
+    refused(cli(*base, "--data", tmp_path / "x.json", "--embeddings", world.store), "x.json")
+    refused(_train(cli, world, output, "--projector", tmp_path / "none", stage="sft"), "none")
+
+
+# --- generate, chat, classify
+
+
+def test_generate_text_and_stdin(cli: Cli, world: World) -> None:
+    args = ("generate", "--model", world.model, "--image", _picture(world), "--max-tokens", 4)
+    asked = cli(*args, "--prompt", "What is it?", "--verbose")
+    assert asked.status == 0 and "prompt tokens" in asked.err
+    assert cli(*args, "--prompt", "-", stdin="What is it?").out == asked.out
+
+
+def test_generate_mistakes(cli: Cli, world: World, tmp_path: Path) -> None:
+    args = ("generate", "--model", world.model, "--prompt", "What?")
+    refused(cli(*args, "--image", tmp_path / "none.png"), "none.png")
+    (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8\xff broken")
+    refused(cli(*args, "--image", tmp_path / "bad.jpg"), "bad.jpg")
+    refused(cli("generate", "--model", tmp_path / "none", "--prompt", "What?"), "none")
+    refused(cli(*args, "--run", tmp_path), str(tmp_path))
+    refused(cli(*args, "--temp", -1), "temp")
+    refused(cli("generate", "--model", world.model, "--prompt", "long " * 3000), "context")
+
+
+def test_chat_takes_pictures_and_commands(cli: Cli, world: World) -> None:
+    lines = ["/help", f"/image {_picture(world)}", "What is it?", "/reset", "/image none.png", "/what", "Hello"]
+    outcome = cli("chat", "--model", world.model, "--max-tokens", 3, stdin="\n".join(lines))
+    assert outcome.status == 0, outcome.err
+    assert "next question" in outcome.out and "forgotten" in outcome.out and "/what is no command" in outcome.out
+    assert "none.png" in outcome.err and "Traceback" not in outcome.err
+
+
+def test_chat_takes_a_dropped_path(cli: Cli, world: World, tmp_path: Path) -> None:
+    picture = tmp_path / "my picture.png"
+    shutil.copy(_picture(world), picture)
+    dropped = str(picture).replace(" ", "\\ ")
+    assert "next question" in cli("chat", "--model", world.model, stdin=dropped).out
+
+
+def test_classify_from_both_kinds_of_directory(cli: Cli, world: World) -> None:
+    args = ("--image", _picture(world), "--text", "a red circle", "--text", "a chart", "--json")
+    from_checkpoint = json.loads(cli("classify", "--model", TINY / "siglip", *args).out)
+    from_model = json.loads(cli("classify", "--model", world.model, *args).out)
+    assert from_checkpoint == from_model
+    values = from_model[0]["probabilities"]
+    assert set(values) == {"a red circle", "a chart"} and all(0 <= v <= 1 for v in values.values())
+    assert "probability" in cli("classify", "--model", world.model, *args[:-1]).out
+
+
+def test_classify_mistakes(cli: Cli, world: World, tmp_path: Path) -> None:
+    picture = _picture(world)
+    refused(cli("classify", "--model", TINY / "llama", "--image", picture, "--text", "x"), str(TINY / "llama"))
+    refused(cli("classify", "--model", world.model, "--image", tmp_path / "no.png", "--text", "x"), "no.png")
+    assert cli("classify", "--model", world.model, "--image", picture).status == 2
+    half = make_siglip(tmp_path / "half", full=False)
+    refused(cli("classify", "--model", half, "--image", picture, "--text", "x"), "text tower")
+    assert make_llama(tmp_path / "llama").is_dir()
+
+
+# --- demo and doctor
+
+
+def test_demo_in_miniature(cli: Cli, tmp_path: Path) -> None:
+    output = tmp_path / "demo"
+    small = ("--images", 12, "--questions", 9, "--pretrain-epochs", 1, "--sft-epochs", 1)
+    outcome = cli("demo", "--output", output, *small)
+    assert outcome.status == 0, outcome.err
+    values = json.loads((output / "demo.json").read_text())
+    assert {"overall", "blind", "kinds", "small_text_split", "small_text_unsplit", "seconds", "seed", "device"} <= set(
+        values
+    )
+    assert sum(kind["n"] for kind in values["kinds"].values()) == 9
+    assert (output / "gallery.png").stat().st_size > 1000
+    command = next(line for line in outcome.out.splitlines() if "llama3v-mlx chat" in line).split()
+    assert cli(*command[1:], stdin="What is it?").status == 0
+    (output / "mine.txt").write_text("keep me")
+    refused(cli("demo", "--output", output, *small), "mine.txt")
+    assert (output / "mine.txt").exists() and (output / "demo.json").exists()
+
+
+def test_doctor(cli: Cli) -> None:
+    assert {"device", "blas", "mlx", "advice"} <= json.loads(cli("doctor", "--json").out).keys()
+    assert "product rate" in cli("doctor").out

@@ -1,0 +1,288 @@
+"""Filling a store: every picture once, the unreadable ones listed, the encoder kept busy."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlx_llama3v.config import Encoded, Grid, SliceLayout
+from mlx_llama3v.embeddings.embed import EmbedProgress, EmbedSummary, embed_images
+from mlx_llama3v.embeddings.store import Store, StoreWriter
+from mlx_llama3v.errors import ImageError, StoreError
+
+WIDTH, CHANNELS = 4, 3
+LAYOUTS = (SliceLayout((2, 3)), SliceLayout((3, 2), 1, 2, (2, 2)), SliceLayout((2, 2), 2, 2, (1, 3)))
+
+
+class FakeEncoder:
+    """A picture is a file with a number in it; embeddings follow from the number and the place alone."""
+
+    def __init__(self) -> None:
+        self.prepared: list[str] = []
+        self.calls: list[int] = []
+        self.numbers: list[float] = []
+        self.lock = threading.Lock()
+
+    def prepare(self, source: str | Path) -> tuple[SliceLayout, list[np.ndarray]]:
+        assert threading.current_thread() is not threading.main_thread()
+        with self.lock:
+            self.prepared.append(Path(source).name)
+        text = Path(source).read_text()
+        if not text.isdecimal():
+            raise ImageError(f"{source} cannot be read as a picture: it says {text!r}.")
+        return self.split(int(text))
+
+    @staticmethod
+    def split(number: int) -> tuple[SliceLayout, list[np.ndarray]]:
+        layout = LAYOUTS[number % 3]
+        slices = [
+            np.full((h * w, CHANNELS), number + i / 8, np.float32) for i, (h, w) in enumerate(layout.grids)
+        ]
+        return layout, slices
+
+    def encode(self, slices: Sequence[tuple[Grid, np.ndarray]], batch_size: int = 8) -> list[np.ndarray]:
+        assert threading.current_thread() is threading.main_thread()
+        assert all(len(patches) == h * w for (h, w), patches in slices)
+        self.calls.append(len(slices))
+        self.numbers += [float(patches[0, 0]) for _, patches in slices]
+        return [self.rows(grid, patches) for grid, patches in slices]
+
+    @staticmethod
+    def rows(grid: Grid, patches: np.ndarray) -> np.ndarray:
+        places = np.arange(grid[0] * grid[1], dtype=np.float32)[:, None]
+        return patches[:, :1] + np.concatenate([places] * WIDTH, 1) / 32 + np.float32(grid[1] / 4)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"weights": "fake"}
+
+    def fresh(self, number: int) -> Encoded:
+        layout, slices = self.split(number)
+        return Encoded(
+            layout, np.concatenate([self.rows(g, p) for g, p in zip(layout.grids, slices, strict=True)])
+        )
+
+
+def write(folder: Path, texts: dict[str, str]) -> list[tuple[str, Path]]:
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    return [(name, folder / name) for name in texts]
+
+
+def run(
+    store: Path, images: Sequence[tuple[str, str | Path]], encoder: FakeEncoder, **keys: Any
+) -> EmbedSummary:
+    with StoreWriter(store, encoder.fingerprint(), shard_bytes=300) as writer:
+        return embed_images(images, encoder, writer, **{"batch_size": 2, **keys})
+
+
+def check(store: Path, numbers: dict[str, int]) -> None:
+    found = Store(store)
+    assert set(found.names) == set(numbers)
+    for name, number in numbers.items():
+        layout, patches = found.read(name)
+        assert layout == FakeEncoder.split(number)[0]
+        np.testing.assert_array_equal(patches, FakeEncoder().fresh(number).patches)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "pictures").mkdir()
+    return tmp_path / "pictures"
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_every_picture_is_stored_in_order(tmp_path: Path, folder: Path, workers: int) -> None:
+    numbers = {f"{n}.png": n for n in range(30)}
+    encoder = FakeEncoder()
+    summary = run(
+        tmp_path / "s", write(folder, {k: str(n) for k, n in numbers.items()}), encoder, workers=workers
+    )
+    check(tmp_path / "s", numbers)
+    assert Store(tmp_path / "s").names == tuple(numbers)
+    layouts = [FakeEncoder.split(n)[0] for n in range(30)]
+    assert (summary.new, summary.failed, summary.reused, summary.duplicates) == (30, 0, 0, 0)
+    assert summary.slices == sum(len(layout.grids) for layout in layouts) == sum(encoder.calls)
+    assert (
+        summary.patches == sum(layout.patches for layout in layouts) == Store(tmp_path / "s").info()["tokens"]
+    )
+    assert summary.bytes == summary.patches * WIDTH * 2
+    assert summary.seconds >= summary.waiting_seconds > 0
+
+
+def test_slices_of_several_pictures_are_encoded_together(tmp_path: Path, folder: Path) -> None:
+    encoder = FakeEncoder()
+    run(tmp_path / "s", write(folder, {f"{n}.png": str(3 * n) for n in range(20)}), encoder, batch_size=2)
+    assert encoder.calls == [8, 8, 4]  # windows of four batches, one slice a picture
+
+
+def test_stored_names_cost_nothing(tmp_path: Path, folder: Path) -> None:
+    images = write(folder, {f"{n}.png": str(n) for n in range(6)})
+    run(tmp_path / "s", images[:4], FakeEncoder())
+    encoder = FakeEncoder()
+    summary = run(tmp_path / "s", images, encoder)
+    assert (summary.reused, summary.new) == (4, 2) and sorted(encoder.prepared) == ["4.png", "5.png"]
+    encoder = FakeEncoder()
+    summary = run(tmp_path / "s", images, encoder)
+    assert (summary.reused, summary.new, summary.slices) == (6, 0, 0) and not encoder.prepared + encoder.calls
+
+
+def test_equal_bytes_are_encoded_once(tmp_path: Path, folder: Path) -> None:
+    texts = {
+        "a": "1",
+        "b": "1",
+        "c": "2",
+        "d": "1",
+        **{f"{n}": str(n) for n in range(10, 20)},
+        "e": "2",
+        "f": "1",
+    }
+    encoder = FakeEncoder()
+    summary = run(tmp_path / "s", write(folder, texts), encoder)
+    assert summary.new == 12 and summary.duplicates == 4
+    assert len(encoder.numbers) == len(set(encoder.numbers))
+    check(tmp_path / "s", {name: int(text) for name, text in texts.items()})
+    encoder = FakeEncoder()
+    summary = run(tmp_path / "s", write(folder, {"g": "2", "h": "17"}), encoder)  # also in a later run
+    assert summary.duplicates == 2 and not encoder.prepared + encoder.calls
+    check(tmp_path / "s", {**{name: int(text) for name, text in texts.items()}, "g": 2, "h": 17})
+
+
+def test_unreadable_pictures_are_listed_and_tried_again(tmp_path: Path, folder: Path) -> None:
+    images: list[tuple[str, str | Path]] = [
+        *write(folder, {"a": "1", "bad": "not a number", "b": "4", "bad2": ""})
+    ]
+    images += [("gone", folder / "gone"), ("nul", str(folder / "x\0y")), ("folder", folder)]
+    encoder = FakeEncoder()
+    summary = run(tmp_path / "s", images, encoder)
+    assert (summary.new, summary.failed) == (2, 5)
+    check(tmp_path / "s", {"a": 1, "b": 4})
+    failures = Store(tmp_path / "s").failures
+    assert set(failures) == {"bad", "bad2", "gone", "nul", "folder"}
+    assert failures["bad"] == f"{folder / 'bad'} cannot be read as a picture: it says 'not a number'."
+    assert failures["gone"] == f"{folder / 'gone'} does not exist."
+    assert "null byte" in failures["nul"] and "Is a directory" in failures["folder"]
+
+    (folder / "bad").write_text("7")
+    (folder / "gone").write_text("1")
+    summary = run(tmp_path / "s", images, FakeEncoder())
+    assert (summary.new, summary.duplicates, summary.reused, summary.failed) == (1, 1, 2, 3)
+    check(tmp_path / "s", {"a": 1, "b": 4, "bad": 7, "gone": 1})
+    assert set(Store(tmp_path / "s").failures) == {"bad2", "nul", "folder"}
+
+
+def test_threads_prepare_while_the_encoder_works(tmp_path: Path, folder: Path) -> None:
+    class Waiting(FakeEncoder):
+        """Its first encode ends only when a picture of the next window has been prepared."""
+
+        def encode(self, slices: Sequence[tuple[Grid, np.ndarray]], batch_size: int = 8) -> list[np.ndarray]:
+            before = sum(self.calls) + len(slices)
+            for _ in range(500):
+                if self.calls or len(self.prepared) > before:
+                    return super().encode(slices, batch_size)
+                threading.Event().wait(0.01)
+            raise AssertionError("nothing was prepared meanwhile")
+
+    encoder = Waiting()
+    run(tmp_path / "s", write(folder, {f"{n}": str(3 * n) for n in range(24)}), encoder, workers=1)
+    assert len(encoder.calls) == 3
+
+
+def test_the_look_ahead_is_bounded(tmp_path: Path, folder: Path) -> None:
+    most = 0
+
+    class Counting(FakeEncoder):
+        def encode(self, slices: Sequence[tuple[Grid, np.ndarray]], batch_size: int = 8) -> list[np.ndarray]:
+            nonlocal most
+            threading.Event().wait(0.005)  # threads run ahead as far as they may
+            most = max(most, len(self.prepared) - len(set(map(int, self.numbers))))
+            return super().encode(slices, batch_size)
+
+    run(tmp_path / "s", write(folder, {f"{n}": str(3 * n) for n in range(200)}), Counting(), workers=2)
+    assert 8 < most <= 8 + 8 + 2  # the window that is encoded, the next one, one a thread
+
+
+def test_progress_is_told(tmp_path: Path, folder: Path) -> None:
+    images = write(folder, {**{f"{n}": str(n) for n in range(9)}, "bad": "x", "copy": "3"})
+    run(tmp_path / "s", images[:2], FakeEncoder())
+    told: list[EmbedProgress] = []
+    summary = run(tmp_path / "s", images, FakeEncoder(), progress=told.append)
+    assert [p.done for p in told] == sorted(p.done for p in told) and told[0].done >= 2
+    last = told[-1]
+    assert (last.done, last.total) == (11, 11)
+    assert (last.slices, last.bytes, last.waiting_seconds) == (
+        summary.slices,
+        summary.bytes,
+        summary.waiting_seconds,
+    )
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, folder: Path) -> None:
+    class Stopping(FakeEncoder):
+        def encode(self, slices: Sequence[tuple[Grid, np.ndarray]], batch_size: int = 8) -> list[np.ndarray]:
+            if len(self.calls) == 2:
+                raise KeyboardInterrupt
+            return super().encode(slices, batch_size)
+
+    numbers = {f"{n}": n for n in range(40)}
+    images = write(folder, {name: str(n) for name, n in numbers.items()})
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "s", images, Stopping())
+    kept = len(Store(tmp_path / "s"))
+    assert 0 < kept < 40
+    encoder = FakeEncoder()
+    assert run(tmp_path / "s", images, encoder).reused == kept
+    check(tmp_path / "s", numbers)
+    run(tmp_path / "whole", images, FakeEncoder())
+    assert Store(tmp_path / "whole").names == Store(tmp_path / "s").names
+
+
+def test_a_bug_in_prepare_is_not_a_failed_picture(tmp_path: Path, folder: Path) -> None:
+    class Buggy(FakeEncoder):
+        def prepare(self, source: str | Path) -> tuple[SliceLayout, list[np.ndarray]]:
+            raise ValueError("shapes do not match")
+
+    with pytest.raises(ValueError, match="shapes do not match"):
+        run(tmp_path / "s", write(folder, {"a": "1"}), Buggy())
+
+
+def test_another_encoder_than_the_writer_was_opened_for(tmp_path: Path, folder: Path) -> None:
+    with (
+        StoreWriter(tmp_path / "s", {"weights": "other"}) as writer,
+        pytest.raises(StoreError, match="weights is 'other' there and 'fake' here"),
+    ):
+        embed_images(write(folder, {"a": "1"}), FakeEncoder(), writer)
+
+
+def test_nothing_to_do(tmp_path: Path) -> None:
+    told: list[EmbedProgress] = []
+    summary = run(tmp_path / "s", [], FakeEncoder(), progress=told.append)
+    assert (summary.new, told[-1].total) == (0, 0) and len(Store(tmp_path / "s")) == 0
+
+
+def test_stored_equals_fresh(tmp_path: Path, folder: Path) -> None:
+    """With the real tower, over pictures of other shapes that share batches: within float16's rounding."""
+    from PIL import Image
+
+    from mlx_llama3v.config import ImageConfig, TilingConfig, VisionConfig
+    from mlx_llama3v.vision.encode import Encoder
+    from mlx_llama3v.vision.siglip import VisionTower
+
+    vision = VisionConfig(16, 32, 2, 2, image_size=24, patch_size=4)
+    encoder = Encoder(VisionTower(vision), vision, ImageConfig(), TilingConfig(max_slices=4), layer=-2)
+    images = []
+    for number, size in enumerate([(24, 24), (60, 20), (17, 50), (5, 5), (48, 48)]):
+        pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        images.append((f"{number}.png", folder / f"{number}.png"))
+    with StoreWriter(tmp_path / "s", encoder.fingerprint()) as writer:
+        assert embed_images(images, encoder, writer, batch_size=3).new == 5
+    store = Store(tmp_path / "s", encoder.fingerprint())
+    for name, path in images:
+        fresh, stored = encoder.embed(path), store.read(name)
+        assert stored.layout == fresh.layout
+        np.testing.assert_allclose(stored.patches.astype(np.float32), fresh.patches, rtol=2**-10, atol=1e-5)

@@ -1,0 +1,226 @@
+"""Every picture either opens as a person would see it or fails with one sentence."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_llama3v.config import ImageConfig, TilingConfig, VisionConfig
+from mlx_llama3v.errors import ImageError
+from mlx_llama3v.vision.image import cut, image_size, open_image
+from mlx_llama3v.vision.tiling import plan
+from tests.kit import KIT, needs_kit
+
+LIMIT = ImageConfig().max_pixels
+RNG = np.random.default_rng(0)
+DEEP = ("I", "F")
+
+
+def expectations() -> list[Any]:
+    manifest = KIT / "MANIFEST.json"
+    files = json.loads(manifest.read_text())["files"] if manifest.is_file() else []
+    chosen = [f for f in files if f["file"].startswith("images/")]
+    return [pytest.param(f["file"], f["expected"], id=f["file"]) for f in chosen]
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
+    return RNG.integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+@needs_kit
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow tells about the damage that it mends
+@pytest.mark.parametrize(("file", "expected"), expectations())
+def test_pictures_of_the_kit(file: str, expected: dict[str, Any]) -> None:
+    path = KIT / file
+    if expected["opens"] != "yes":
+        with pytest.raises(ImageError) as caught:
+            open_image(path, LIMIT)
+        message = str(caught.value)
+        assert str(path) in message
+        assert message.endswith(".") and "\n" not in message and " at 0x" not in message
+        return
+    image = open_image(path, LIMIT)
+    assert image.mode == "RGB"
+    assert [*image.size] == expected["rgb_size"]
+    assert image_size(path, LIMIT) == image.size
+    with Image.open(path) as raw:
+        deep, clear = raw.mode.startswith(DEEP), raw.has_transparency_data
+    if not (deep or clear):  # the kit's numbers were made by clipping and without a background
+        assert [[*pair] for pair in image.getextrema()] == expected["rgb_extrema"]
+
+
+@needs_kit
+def test_a_file_that_loads_at_the_second_try_is_still_broken() -> None:
+    path = KIT / "images" / "pillow_corrupt" / "truncated_end_chunk.png"
+    with Image.open(path) as raw:
+        with pytest.raises(OSError, match="Truncated"):
+            raw.load()
+        raw.load()  # silent: if this ever raises, the trap is gone
+    with pytest.raises(ImageError, match="Truncated"):
+        open_image(path, LIMIT)
+
+
+@needs_kit
+def test_camera_rotation_is_undone() -> None:
+    """Photos of one scene held in different ways look alike, upright."""
+    folder = KIT / "images" / "exif_rotation"
+    opened = [open_image(folder / f"Portrait_{n}.jpg", LIMIT) for n in (1, 5)]
+    upright, turned = (np.asarray(image.resize((60, 90)), np.float32) for image in opened)
+    assert opened[0].size == opened[1].size
+    assert np.abs(upright - turned).mean() < 1
+    assert np.abs(upright - turned[:, ::-1]).mean() > 10
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_all_eight_orientations(orientation: int, kind: str) -> None:
+    pixels = noise(3, 5)
+    flips = [pixels, pixels[:, ::-1], pixels[::-1, ::-1], pixels[::-1]]
+    turns = [pixels, pixels[::-1], pixels[::-1, ::-1], pixels[:, ::-1]]
+    upright = flips + [turn.swapaxes(0, 1) for turn in turns]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(Image.fromarray(pixels), kind, exif=exif, **options)
+    image = open_image(data, LIMIT)
+    assert np.array_equal(np.asarray(image), upright[orientation - 1])
+    assert image_size(data, LIMIT) == image.size
+
+
+def test_transparency_is_over_white() -> None:
+    pixels = noise(4, 4, 4)
+    pixels[0, :, 3], pixels[1, :, 3] = 0, 255
+    alpha = pixels[..., 3:].astype(np.float64) / 255
+    want = pixels[..., :3] * alpha + 255 * (1 - alpha)
+    found = np.asarray(open_image(encoded(Image.fromarray(pixels)), LIMIT))
+    assert np.abs(found - want).max() <= 1
+    assert (found[0] == 255).all() and np.array_equal(found[1], pixels[1, :, :3])
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "RGB"])
+def test_one_transparent_colour_is_white(mode: str) -> None:
+    image = Image.new(mode, (2, 1), 0)
+    image.putpixel((1, 0), {"P": 1, "L": 100, "RGB": (9, 8, 7)}[mode])
+    if mode == "P":
+        image.putpalette([10, 20, 30, 40, 50, 60])
+    data = encoded(image, transparency=(0, 0, 0) if mode == "RGB" else 0)
+    opaque = {"P": (40, 50, 60), "L": (100, 100, 100), "RGB": (9, 8, 7)}[mode]
+    opened = open_image(data, LIMIT)
+    assert [opened.getpixel((0, 0)), opened.getpixel((1, 0))] == [(255, 255, 255), opaque]
+
+
+def test_grey_with_alpha() -> None:
+    pixels = np.array([[[0, 0], [0, 255]]], np.uint8)
+    found = np.asarray(open_image(encoded(Image.fromarray(pixels, "LA")), LIMIT))
+    assert found.tolist() == [[[255] * 3, [0] * 3]]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_not_clipped(kind: str) -> None:
+    values = np.array([[0, 257, 32768, 65535]], np.uint16)
+    found = np.asarray(open_image(encoded(Image.fromarray(values), kind), LIMIT))
+    assert found[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_sixteen_bits_with_a_transparent_grey() -> None:
+    values = np.array([[0, 300, 65535]], np.uint16)
+    found = np.asarray(open_image(encoded(Image.fromarray(values), transparency=300), LIMIT))
+    assert found[0, :, 0].tolist() == [0, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("values", "want"),
+    [
+        (np.array([[0, 128, 255]], np.int32), [0, 128, 255]),
+        (np.array([[0, 32768, 65535]], np.int32), [0, 128, 255]),
+        (np.array([[-100, 0, 100]], np.int32), [0, 128, 255]),
+        (np.array([[0, 50_000, 100_000]], np.int32), [0, 128, 255]),
+        (np.array([[0.0, 0.5, 1.0]], np.float32), [0, 128, 255]),
+        (np.array([[0.0, 100.0, 200.0]], np.float32), [0, 100, 200]),
+        (np.array([[np.nan, np.inf, 200.0]], np.float32), [0, 0, 200]),
+        (np.array([[-3.0, -3.0, -3.0]], np.float32), [0, 0, 0]),
+    ],
+)
+def test_wider_numbers_are_scaled(values: np.ndarray, want: list[int]) -> None:
+    found = np.asarray(open_image(encoded(Image.fromarray(values), "TIFF"), LIMIT))
+    assert found[0, :, 0].tolist() == want
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "RGB", "YCbCr", "LAB"])
+def test_other_modes(mode: str) -> None:
+    image = Image.fromarray(noise(6, 7)).convert("RGB")
+    image = Image.new("LAB", (7, 6)) if mode == "LAB" else image.convert(mode)
+    opened = open_image(encoded(image, "TIFF"), LIMIT)
+    assert opened.mode == "RGB" and opened.size == (7, 6)
+
+
+def test_an_animation_is_its_first_frame() -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    for kind in ("GIF", "PNG", "WEBP"):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+        assert np.abs(np.asarray(open_image(data, LIMIT), int) - [255, 0, 0]).max() <= 3
+
+
+def test_too_many_pixels_are_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "large.png"
+    path.write_bytes(encoded(Image.new("RGB", (100, 50))))
+    assert open_image(path, 5000).size == image_size(path, 5000) == (100, 50)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
+    for read in (open_image, image_size):
+        with pytest.raises(ImageError, match=r"large\.png has 100 x 50 pixels; the limit is 4999"):
+            read(path, 4999)
+
+
+def test_failures_are_one_sentence_that_names_the_file(tmp_path: Path) -> None:
+    whole = encoded(Image.fromarray(noise(40, 40)), "JPEG")
+    (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "folder.png").mkdir()
+    for name in ("half.jpg", "text.png", "empty.png", "folder.png", "missing.png"):
+        with pytest.raises(ImageError) as caught:
+            open_image(tmp_path / name, LIMIT)
+        message = str(caught.value)
+        assert message.startswith(str(tmp_path / name)) and message.endswith(".") and "\n" not in message
+    with pytest.raises(ImageError, match="the picture of 13 bytes"):
+        open_image(b"not a picture", LIMIT)
+
+
+def test_sources_are_paths_strings_or_bytes(tmp_path: Path) -> None:
+    data = encoded(Image.fromarray(noise(5, 6)))
+    (tmp_path / "wrong.jpg").write_bytes(data)  # the content decides, not the name
+    path = tmp_path / "wrong.jpg"
+    opened = [open_image(source, LIMIT) for source in (data, path, str(path))]
+    assert len({image.tobytes() for image in opened}) == 1
+
+
+@pytest.mark.parametrize("resample", [2, 3])
+@pytest.mark.parametrize("size", [(640, 480), (31, 500), (224, 224), (1, 1)])
+def test_squash_equals_the_hugging_face_processor(size: tuple[int, int], resample: int) -> None:
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    image = Image.fromarray(noise(size[1], size[0]))
+    processor = SiglipImageProcessorPil(
+        size={"height": 224, "width": 224}, resample=resample, image_mean=[0.5] * 3, image_std=[0.5, 0.4, 0.3]
+    )
+    want = np.asarray(processor(image, return_tensors="np")["pixel_values"])[0].transpose(1, 2, 0)
+    config = ImageConfig(resample=resample, image_std=(0.5, 0.4, 0.3))
+    plans = plan(*size, VisionConfig(), TilingConfig("squash"))
+    (found,) = cut(image, plans, config)
+    assert found.dtype == np.float32
+    assert np.abs(found - want).max() < 1e-6
+    if min(size) > 224:
+        (other,) = cut(image, plans, ImageConfig(resample=5 - resample, image_std=(0.5, 0.4, 0.3)))
+        assert np.abs(other - want).max() > 0.01

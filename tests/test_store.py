@@ -1,0 +1,447 @@
+"""The embedding store: what goes in comes out, and nothing that happens to a run or a disk breaks that."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from mlx_llama3v.config import Encoded, SliceLayout
+from mlx_llama3v.embeddings import shard
+from mlx_llama3v.embeddings.store import Store, StoreWriter
+from mlx_llama3v.errors import StoreError
+
+FINGERPRINT: dict[str, Any] = {
+    "weights": "aa11",
+    "layer": -2,
+    "vision": {"image_size": 384},
+    "tiling": {"mode": "uhd", "max_slices": 6},
+    "image": {"image_mean": (0.5, 0.5, 0.5)},
+}
+WIDTH = 8
+
+
+def picture(seed: int) -> Encoded:
+    """Another layout and other values for every seed, fit for float16."""
+    rows, cols = seed % 3, 2
+    layout = SliceLayout((2, 3 + seed % 4), rows, cols if rows else 0, (2, 2) if rows else (0, 0))
+    values = np.random.default_rng(seed).standard_normal((layout.patches, WIDTH))
+    return Encoded(layout, values.astype(np.float16).astype(np.float32))
+
+
+def fill(path: Path, seeds: range, shard_bytes: int = 600) -> None:
+    with StoreWriter(path, FINGERPRINT, shard_bytes=shard_bytes) as writer:
+        for seed in seeds:
+            if not writer.has(f"{seed}.jpg"):
+                writer.add(f"{seed}.jpg", f"sha{seed}", picture(seed))
+
+
+def contents(path: Path) -> dict[str, tuple[SliceLayout, bytes]]:
+    store = Store(path, FINGERPRINT)
+    store.verify()
+    return {name: (store.layout(name), store.read(name).patches.tobytes()) for name in store.names}
+
+
+def expected(seeds: range) -> dict[str, tuple[SliceLayout, bytes]]:
+    pictures = {f"{seed}.jpg": picture(seed) for seed in seeds}
+    return {name: (e.layout, e.patches.astype(np.float16).tobytes()) for name, e in pictures.items()}
+
+
+def files(path: Path) -> set[str]:
+    return {item.name for item in path.iterdir()} - {".lock"}
+
+
+def test_what_goes_in_comes_out(tmp_path: Path) -> None:
+    fill(tmp_path, range(12))
+    assert contents(tmp_path) == expected(range(12))
+    store = Store(tmp_path)
+    assert len(store.shards) > 2 and "3.jpg" in store and "x" not in store
+    assert store.read("3.jpg").patches.dtype == np.float16
+
+
+def test_float16_is_within_its_stated_error_and_saturates(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((6, WIDTH)).astype(np.float32)
+    values[0, :2] = 1e6, -1e6  # massive activations
+    with StoreWriter(tmp_path, FINGERPRINT) as writer:
+        writer.add("a", "s", Encoded(SliceLayout((2, 3)), values))
+    read = Store(tmp_path).read("a").patches.astype(np.float32)
+    np.testing.assert_allclose(read[1:], values[1:], rtol=2**-11, atol=1e-7)
+    assert read[0, :2].tolist() == [65504, -65504]
+
+
+def test_shards_are_plain_safetensors(tmp_path: Path) -> None:
+    fill(tmp_path, range(3), shard_bytes=1 << 20)
+    with safe_open(tmp_path / "shard-00000.safetensors", "np") as file:
+        stored = file.get_tensor("patches")
+    np.testing.assert_array_equal(stored, np.concatenate([picture(seed).patches for seed in range(3)]))
+
+
+def test_reading_a_picture_reads_only_that_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, range(20), shard_bytes=1 << 20)
+    store, counts, fromfile = Store(tmp_path), [], np.fromfile
+
+    def counting(*args: Any, **kwargs: Any) -> np.ndarray:
+        counts.append(args[2])
+        return fromfile(*args, **kwargs)
+
+    monkeypatch.setattr(np, "fromfile", counting)
+    assert store.layout("7.jpg") == picture(7).layout and not counts
+    store.read("7.jpg")
+    assert counts == [picture(7).layout.patches * WIDTH * 2]
+
+
+def test_an_empty_store_works(tmp_path: Path) -> None:
+    fill(tmp_path, range(0))
+    store = Store(tmp_path, FINGERPRINT)
+    assert (len(store), store.width, store.info()["images"]) == (0, 0, 0)
+    fill(tmp_path, range(2))
+    assert contents(tmp_path) == expected(range(2))
+
+
+def test_names_may_be_anything(tmp_path: Path) -> None:
+    names = [
+        "ein Bürger.jpg",
+        "two\nlines.png",
+        "图片/1.webp",
+        "\u2028",
+        "'\"\\",
+        "",
+        os.fsdecode(b"\xff.jpg"),
+    ]
+    with StoreWriter(tmp_path, FINGERPRINT) as writer:
+        for seed, name in enumerate(names):
+            writer.add(name, f"sha{seed}", picture(seed))
+            writer.fail(name + "!", name)
+    store = Store(tmp_path)
+    assert store.names == tuple(names)
+    assert store.failures == {name + "!": name for name in names}
+    for seed, name in enumerate(names):
+        np.testing.assert_array_equal(store.read(name).patches, picture(seed).patches)
+
+
+def test_equal_bytes_are_stored_once_also_across_runs(tmp_path: Path) -> None:
+    fill(tmp_path, range(3))
+    before = Store(tmp_path).info()
+    with StoreWriter(tmp_path, FINGERPRINT) as writer:
+        assert writer.has_hash("sha1") and not writer.has("copy.jpg")
+        assert writer.add("copy.jpg", "sha1", picture(1)) == 0
+        assert writer.add("new.jpg", "shaN", picture(7)) > 0
+        writer.alias("copy2.jpg", "shaN")
+        with pytest.raises(KeyError):
+            writer.alias("copy3.jpg", "unknown")
+    store = Store(tmp_path)
+    assert store.info()["images"] == before["images"] + 1 and len(store) == 6
+    np.testing.assert_array_equal(store.read("copy.jpg").patches, picture(1).patches)
+    np.testing.assert_array_equal(store.read("copy2.jpg").patches, picture(7).patches)
+
+
+def test_info_counts(tmp_path: Path) -> None:
+    fill(tmp_path, range(5))
+    with StoreWriter(tmp_path, FINGERPRINT) as writer:
+        writer.alias("again", "sha2")
+        writer.fail("bad", "why")
+    info = Store(tmp_path).info()
+    layouts = [picture(seed).layout for seed in range(5)]
+    assert info["slices"] == sum(len(layout.grids) for layout in layouts)
+    assert info["tokens"] == sum(layout.patches for layout in layouts)
+    assert (info["names"], info["images"], info["failures"], info["width"]) == (6, 5, 1, WIDTH)
+    assert info["bytes"] == sum(file.stat().st_size for file in tmp_path.glob("shard-*"))
+    assert json.loads(json.dumps(info)) == info
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "there", "here"),
+    [
+        ({"weights": "bb22"}, "weights", "'aa11'", "'bb22'"),
+        ({"layer": -1}, "layer", "-2", "-1"),
+        ({"tiling": {"mode": "squash", "max_slices": 6}}, "tiling.mode", "'uhd'", "'squash'"),
+        (
+            {"image": {"image_mean": (0.5, 0.5, 0.4)}},
+            "image.image_mean",
+            "[0.5, 0.5, 0.5]",
+            "[0.5, 0.5, 0.4]",
+        ),
+        ({"extra": 1}, "extra", "None", "1"),
+    ],
+)
+def test_another_encoder_is_refused_with_both_values(
+    tmp_path: Path, change: dict[str, Any], key: str, there: str, here: str
+) -> None:
+    fill(tmp_path, range(2))
+    for open_store in (Store, StoreWriter):
+        with pytest.raises(StoreError) as caught:
+            open_store(tmp_path, FINGERPRINT | change)
+        assert f"{key} is {there} there and {here} here" in str(caught.value)
+        assert str(caught.value).count(" there and ") == 1  # and no other key
+    fill(tmp_path, range(3))  # the refused writer holds no lock
+
+
+def test_another_codec_is_refused_with_both_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, range(2))
+    with pytest.raises(StoreError, match="codec 'int3' is not known"):
+        StoreWriter(tmp_path, FINGERPRINT, "int3")
+
+    class Other:
+        name = "int8"
+
+    monkeypatch.setitem(sys.modules["mlx_llama3v.embeddings.codec"].CODECS, "int8", Other())
+    with pytest.raises(StoreError, match="codec is 'float16' there and 'int8' here"):
+        StoreWriter(tmp_path, FINGERPRINT, "int8")
+
+
+def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"not an embedding store: it has no manifest\.json"):
+        Store(tmp_path / "nowhere")
+    fill(tmp_path, range(2))
+    manifest = tmp_path / "manifest.json"
+    values = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(values | {"schema": 99}))
+    with pytest.raises(StoreError, match="schema version 99"):
+        Store(tmp_path)
+    manifest.write_text("{")
+    with pytest.raises(StoreError, match=r"manifest\.json is damaged"):
+        Store(tmp_path)
+    manifest.unlink()
+    with pytest.raises(StoreError, match=r"no manifest\.json"):
+        StoreWriter(tmp_path, FINGERPRINT)  # shards without a manifest: nobody knows what made them
+
+
+def test_a_shard_of_another_store_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path / "a", range(2))
+    with StoreWriter(tmp_path / "b", FINGERPRINT | {"layer": -1}) as writer:
+        writer.add("x", "y", picture(0))
+    os.replace(tmp_path / "b" / "shard-00000.safetensors", tmp_path / "a" / "shard-00009.safetensors")
+    with pytest.raises(StoreError, match=r"shard-00009\.safetensors was made with another encoder"):
+        Store(tmp_path / "a")
+
+
+def test_a_shard_cut_anywhere_is_an_error_that_names_it(tmp_path: Path) -> None:
+    fill(tmp_path, range(3), shard_bytes=1 << 20)
+    file = tmp_path / "shard-00000.safetensors"
+    whole = file.read_bytes()
+    for size in [0, 3, 8, 9, 50, *range(100, len(whole), 37), len(whole) - 1]:
+        file.write_bytes(whole[:size])
+        with pytest.raises(StoreError, match=r"shard-00000\.safetensors is damaged"):
+            Store(tmp_path)
+    file.write_bytes(whole + b"x")
+    with pytest.raises(StoreError, match=r"shard-00000\.safetensors is damaged"):
+        Store(tmp_path)
+
+
+def test_a_shard_cut_while_open_is_an_error(tmp_path: Path) -> None:
+    fill(tmp_path, range(3), shard_bytes=1 << 20)
+    store, file = Store(tmp_path), tmp_path / "shard-00000.safetensors"
+    os.truncate(file, file.stat().st_size - 4)
+    store.read("0.jpg")
+    with pytest.raises(StoreError, match=r"shard-00000\.safetensors is damaged: it ends 4 bytes into"):
+        store.read("2.jpg")
+    file.unlink()
+    with pytest.raises(StoreError, match=r"shard-00000\.safetensors cannot be read"):
+        store.read("0.jpg")
+
+
+def test_any_flipped_byte_is_found(tmp_path: Path) -> None:
+    fill(tmp_path, range(2), shard_bytes=1 << 20)
+    file = tmp_path / "shard-00000.safetensors"
+    whole = file.read_bytes()
+    for at in random.Random(0).sample(range(len(whole)), 300):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with pytest.raises(StoreError, match=r"shard-00000\.safetensors"):
+            Store(tmp_path).verify()
+
+
+def test_a_shard_that_is_gone_is_made_anew(tmp_path: Path) -> None:
+    fill(tmp_path, range(12))
+    with StoreWriter(tmp_path, FINGERPRINT) as writer:
+        writer.alias("copy.jpg", "sha4")
+    names = [set(each.names) for each in Store(tmp_path).shards]
+    assert "4.jpg" in names[1] and "copy.jpg" in names[-1]
+    (tmp_path / "shard-00001.safetensors").unlink()
+    store = Store(tmp_path)
+    assert set(store.names) == {f"{seed}.jpg" for seed in range(12)} - names[1]
+    with StoreWriter(tmp_path, FINGERPRINT) as writer:
+        assert not writer.has("copy.jpg") and not writer.has_hash("sha4")
+    fill(tmp_path, range(12))
+    assert {name for name in contents(tmp_path) if name != "copy.jpg"} == set(expected(range(12)))
+    assert contents(tmp_path)["copy.jpg"] == expected(range(12))["4.jpg"]
+
+
+def test_bad_embeddings_are_refused(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path, FINGERPRINT) as writer:
+        writer.add("a", "a", picture(0))
+        layout, values = picture(1)
+        with pytest.raises(StoreError, match=r"shape .* expected"):
+            writer.add("b", "b", Encoded(layout, values[1:]))
+        with pytest.raises(StoreError, match=r"shape .* expected"):
+            writer.add("b", "b", Encoded(layout, values[:, 1:]))
+        values[0, 0] = np.nan
+        with pytest.raises(StoreError, match="not finite"):
+            writer.add("b", "b", Encoded(layout, values))
+        assert not writer.has("b") and not writer.has_hash("b")
+
+
+def test_failures_are_listed_tried_again_and_dropped_on_success(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path, FINGERPRINT) as writer:
+        writer.fail("a.jpg", "truncated")
+        writer.fail("b.jpg", "not a picture")
+    assert Store(tmp_path).failures == {"a.jpg": "truncated", "b.jpg": "not a picture"}
+    with StoreWriter(tmp_path, FINGERPRINT) as writer:
+        assert not writer.has("a.jpg")
+        writer.add("a.jpg", "sha", picture(0))
+    lines = (tmp_path / "failures.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"name": "b.jpg", "reason": "not a picture"}]
+    with pytest.raises(StoreError, match=r"no embedding of 'b\.jpg' \(not a picture\)"):
+        Store(tmp_path).read("b.jpg")
+
+
+def test_leftovers_of_a_killed_writer_are_ignored_and_removed(tmp_path: Path) -> None:
+    fill(tmp_path, range(2))
+    (tmp_path / ".shard-00001.safetensors.123.tmp").write_bytes(b"half")
+    assert len(Store(tmp_path)) == 2
+    fill(tmp_path, range(3))
+    assert not [name for name in files(tmp_path) if name.endswith(".tmp")]
+
+
+def test_two_writers_do_not_meet(tmp_path: Path) -> None:
+    with (
+        StoreWriter(tmp_path, FINGERPRINT),
+        pytest.raises(StoreError, match="being written by another process"),
+    ):
+        StoreWriter(tmp_path, FINGERPRINT)
+    StoreWriter(tmp_path, FINGERPRINT).close()
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("call", ["_sync", "_view"])  # at the end, and in the middle of writing
+def test_a_full_disk_loses_nothing_that_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    fill(tmp_path, range(4))
+    before = files(tmp_path)
+    writer = StoreWriter(tmp_path, FINGERPRINT, shard_bytes=1 << 20)
+    writer.add("4.jpg", "sha4", picture(4))
+    real: Callable[..., Any] = getattr(shard, call)
+    calls = iter(range(100))
+
+    def failing(*args: Any) -> Any:
+        return full_disk() if call == "_sync" or next(calls) > 2 else real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard, call, failing)
+        with pytest.raises(StoreError) as caught:
+            writer.flush()
+    assert "No space left on device" in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert files(tmp_path) == before and contents(tmp_path) == expected(range(4))
+    writer.close()  # room again: what waited is still there
+    assert contents(tmp_path) == expected(range(5))
+
+
+def test_a_full_disk_ends_the_block_with_that_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
+
+    def failing(*_: object) -> None:
+        tries.append(1)
+        full_disk()
+
+    with monkeypatch.context() as patch, pytest.raises(StoreError, match="No space left"):
+        with StoreWriter(tmp_path, FINGERPRINT, shard_bytes=1) as writer:
+            patch.setattr(shard, "_sync", failing)
+            writer.add("0.jpg", "sha0", picture(0))
+        pytest.fail("not raised")
+    assert tries == [1]  # the end of the block does not try again
+    fill(tmp_path, range(1))
+    assert contents(tmp_path) == expected(range(1))
+
+
+def test_an_exception_in_the_block_keeps_what_is_complete(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), StoreWriter(tmp_path, FINGERPRINT) as writer:
+        writer.add("0.jpg", "sha0", picture(0))
+        raise KeyboardInterrupt
+    assert contents(tmp_path) == expected(range(1))
+
+
+# A writer in a process of its own, that can kill itself inside the n-th call of a function of `os`.
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+import tests.test_store as t
+from mlx_llama3v.embeddings import shard
+path, call, at, pause = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+if call:
+    module = shard if call.startswith("_") else os
+    real, count = getattr(module, call), iter(range(10**9))
+    def dying(*args, **kwargs):
+        if next(count) == at: os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    setattr(module, call, dying)
+print("go", flush=True)
+with t.StoreWriter(path, t.FINGERPRINT, shard_bytes=600) as writer:
+    for seed in range(t.COUNT):
+        if pause: t.time.sleep(pause)
+        if not writer.has(f"{seed}.jpg"):
+            writer.add(f"{seed}.jpg", f"sha{seed}", t.picture(seed))
+"""
+COUNT = 40
+
+
+def child(path: Path, call: str = "", at: int = -1, pause: float = 0.0) -> subprocess.Popen[str]:
+    arguments = [sys.executable, "-c", CHILD, str(path), call, str(at), str(pause)]
+    root = Path(__file__).resolve().parents[1]
+    return subprocess.Popen(arguments, cwd=root, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "at"),
+    [("_sync", 0), ("_view", 15), ("_sync", 4), ("replace", 3), ("_sync_directory", 5)],
+    ids=["before the manifest", "in a shard", "before fsync", "before rename", "after rename"],
+)
+def test_killed_at_each_step_of_a_write(tmp_path: Path, call: str, at: int) -> None:
+    process = child(tmp_path, call, at)
+    process.communicate(timeout=60)
+    assert process.returncode == -9
+    assert any(name.endswith(".tmp") for name in files(tmp_path)) is (call != "_sync_directory")
+    if at:
+        have = contents(tmp_path)
+        assert have == expected(range(len(have))) and len(have) < COUNT
+    fill(tmp_path, range(COUNT))
+    assert contents(tmp_path) == expected(range(COUNT))
+    fill(tmp_path.with_name("whole"), range(COUNT))
+    assert files(tmp_path) == files(tmp_path.with_name("whole"))
+
+
+def test_killed_at_random_moments_and_resumed(tmp_path: Path) -> None:
+    chance, kills, longest = random.Random(5), 0, 0
+    for _ in range(40):
+        process = child(tmp_path, pause=0.001)
+        assert process.stdout is not None and process.stdout.readline() == "go\n"
+        time.sleep(chance.uniform(0, 0.06))
+        process.kill()
+        process.communicate(timeout=60)
+        kills += process.returncode == -9
+        if (tmp_path / "manifest.json").exists():
+            have = contents(tmp_path)
+            assert have == expected(range(len(have)))  # a beginning, whole and in order
+            assert len(have) >= longest
+            longest = len(have)
+        if kills >= 5:
+            break
+    assert kills >= 3
+    fill(tmp_path, range(COUNT))
+    assert contents(tmp_path) == expected(range(COUNT))

@@ -1,0 +1,282 @@
+"""SigLIP + Llama-3 -> one model directory with a fresh projector: the work of `llama3v-mlx convert`.
+
+Every tensor is checked before one is read, then they pass through one at a time: read, cast, quantized,
+written. The same input gives the same bytes: nothing depends on the clock, and the projector's values come
+from the seed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_llama3v.weights import llama as llama_files
+from mlx_llama3v.weights import siglip as siglip_files
+from mlx_llama3v.weights.card import model_card
+from mlx_llama3v.weights.llama import LlamaSource, read_llama
+from mlx_llama3v.weights.siglip import SiglipSource, read_siglip
+
+from mlx_llama3v.checkpoint import check_output, parse_dtype, resolve, save_model
+from mlx_llama3v.config import ModelConfig, ProjectorConfig, TilingConfig
+from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.model import Llama3V, quantize_decoder
+from mlx_llama3v.tensors import SHARD_BYTES, mismatches, parameters, refuse
+from mlx_llama3v.text.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Affine group quantization of the decoder (`-q`); tower and projector keep their precision."""
+
+    bits: int = 4
+    group_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 3, 4, 5, 6, 8) or self.group_size not in (32, 64, 128):
+            raise CheckpointError(
+                f"cannot quantize to {self.bits} bits in groups of {self.group_size}; "
+                "expected 2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128."
+            )
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer that could be quantized; `bits` is None where its width is no multiple of the group."""
+
+    name: str
+    bits: int | None
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion made. Sizes are by part: vision_tower, text_tower, projector, language_model."""
+
+    path: Path
+    config: ModelConfig
+    parameters: dict[str, int]
+    bytes: dict[str, int]
+    layers: tuple[LayerReport, ...]  # empty where nothing is quantized
+    bits_per_weight: float  # of the decoder, scales and biases included
+
+    @property
+    def quantized(self) -> tuple[LayerReport, ...]:
+        """The layers that were quantized."""
+        return tuple(layer for layer in self.layers if layer.bits is not None)
+
+
+def convert(
+    vision: str | Path,
+    llm: str | Path,
+    mlx_path: str | Path,
+    *,
+    projector: str = "attention",
+    pool: int | None = None,
+    tiling: TilingConfig | None = None,
+    quantize: QuantConfig | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+    offline: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> ConvertReport:
+    """Join a SigLIP and a Llama-3 checkpoint (directories or Hub ids) in a new model directory.
+
+    `pool` is the projector's pooling factor (default 3, or 2 for towers of fewer than 12 patches a side);
+    `dtype` that of tower and decoder (default: as stored), the projector is float32; `seed` makes the
+    projector (it seeds MLX's global generator); `progress(done, total)` counts bytes. Raises CheckpointError,
+    and before anything is written names every tensor that is missing, unexpected or of the wrong shape.
+    """
+    target = check_output(mlx_path)
+    siglip, llama = read_siglip(resolve(vision, offline)), read_llama(resolve(llm, offline))
+    if quantize and llama.quantization:
+        raise CheckpointError(
+            f"{llm} is already quantized to {llama.quantization['bits']} bits; leave -q out."
+        )
+    config = ModelConfig(
+        vision_config=siglip.vision,
+        text_config=llama.config,
+        projector_config=_projector_config(projector, pool, siglip, llama),
+        tiling=tiling or TilingConfig(),
+        image=siglip.image,
+        marker_ids=_marker_ids(llama),
+        eos_token_ids=llama.eos_token_ids,
+        siglip_text_config=siglip.text,
+        quantization={**asdict(quantize), "mode": "affine"} if quantize else llama.quantization,
+        sources={"vision": _source(vision), "llm": _source(llm)},
+    )
+    weights, layers = _weights(config, siglip, llama, quantize, dtype, seed)
+    report = _report(target, config, weights, layers)
+    total = sum(report.bytes.values())
+    _check_space(target, total)
+    save_model(
+        target,
+        config,
+        drain(weights),
+        files=_files(report, siglip, llama),
+        shard_bytes=shard_bytes,
+        progress=progress and (lambda done: progress(done, total)),
+    )
+    return report
+
+
+def _projector_config(
+    kind: str, pool: int | None, siglip: SiglipSource, llama: LlamaSource
+) -> ProjectorConfig:
+    """The projector's shape, which follows from the two models it joins."""
+    width, grid = siglip.vision.hidden_size, siglip.vision.grid
+    if kind != "attention":
+        pool = 1
+    pool = (3 if grid >= 12 else 2) if pool is None else pool
+    if not 1 <= pool <= grid:
+        raise CheckpointError(f"pool is {pool}; expected 1 to {grid}, the patches along a side of a slice.")
+    return ProjectorConfig(
+        kind=kind,
+        in_dim=width,
+        out_dim=llama.config["hidden_size"],
+        hidden_dim=width,
+        num_heads=siglip.vision.num_attention_heads,
+        pool=pool,
+    )
+
+
+def _marker_ids(llama: LlamaSource) -> tuple[int, ...]:
+    """Reserved ids for the markers, which the decoder's vocabulary must contain."""
+    tokens, vocabulary = Tokens.load(llama.directory), llama.config["vocab_size"]
+    if max(tokens.marker_ids) >= vocabulary:
+        raise CheckpointError(
+            f"{llama.directory}: tokenizer.json has the reserved id {max(tokens.marker_ids)}, but vocab_size "
+            f"is {vocabulary}; expected a tokenizer and weights that belong together."
+        )
+    return tokens.marker_ids
+
+
+def _source(path_or_repo: str | Path) -> str:
+    """A Hub id as it is; of a local path the last part only, since model directories are shared."""
+    path = Path(path_or_repo).expanduser()
+    return path.resolve().name if path.exists() else str(path_or_repo)
+
+
+def _weights(
+    config: ModelConfig,
+    siglip: SiglipSource,
+    llama: LlamaSource,
+    quantize: QuantConfig | None,
+    dtype: str | None,
+    seed: int,
+) -> tuple[dict[str, mx.array], tuple[LayerReport, ...]]:
+    """All lazy tensors of the new directory, and the quantization of each layer.
+
+    The sources are emptied, so that a tensor's memory is free once it is written. Raises one CheckpointError
+    for the bad tensors of both.
+    """
+    mx.random.seed(seed)
+    model = Llama3V(config)
+    decoder = model.language_model
+    if llama.quantization:
+        setting = llama.quantization
+        quantize_decoder(model, bits=setting["bits"], group_size=setting["group_size"], stored=llama.weights)
+    found = model.sanitize(llama.weights)
+    named = {name.removeprefix(llama_files.PREFIX): value for name, value in found.items()}
+    phrases = [f"--vision: {text}" for text in siglip.problems]
+    phrases += [f"--llm: {text}" for text in mismatches(parameters(decoder), named)]
+    refuse(phrases, f"{siglip.directory} + {llama.directory}")
+    decoder.load_weights(list(named.items()))
+    tower = dict(siglip.weights)
+    if dtype is not None:
+        wanted = parse_dtype(dtype)
+        decoder.set_dtype(wanted)
+        # logit_scale and logit_bias are two numbers; rounding them would buy nothing.
+        tower = {name: v if name.startswith("logit_") else v.astype(wanted) for name, v in tower.items()}
+    layers = _quantize(model, quantize) if quantize else ()
+    siglip.weights.clear()
+    llama.weights.clear()
+    return {**tower, **parameters(model)}, layers
+
+
+def _quantize(model: Llama3V, quantize: QuantConfig) -> tuple[LayerReport, ...]:
+    """Quantize the decoder in place. Raises CheckpointError where no layer can be."""
+    names = [name for name, module in model.named_modules() if hasattr(module, "to_quantized")]
+    quantize_decoder(model, bits=quantize.bits, group_size=quantize.group_size)
+    modules = dict(model.named_modules())
+    layers = []
+    for name in sorted(name for name in names if name.startswith(llama_files.PREFIX)):
+        held = parameters(modules[name])
+        size = sum(value.nbytes for value in held.values())
+        layers.append(LayerReport(name, quantize.bits if "scales" in held else None, size))
+    if all(layer.bits is None for layer in layers):
+        raise CheckpointError(
+            f"no layer of the decoder can be quantized: no width is a multiple of --q-group-size "
+            f"{quantize.group_size}."
+        )
+    return tuple(layers)
+
+
+def _report(
+    target: Path, config: ModelConfig, weights: dict[str, mx.array], layers: tuple[LayerReport, ...]
+) -> ConvertReport:
+    """Sizes by part; of a model directory every tensor belongs to one."""
+    counts, sizes = measure(weights, config.quantization)
+    decoder = 8 * sizes["language_model"] / counts["language_model"]
+    return ConvertReport(target, config, counts, sizes, layers, decoder)
+
+
+def measure(
+    weights: Mapping[str, mx.array], quantization: Mapping[str, Any] | None
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Parameters and bytes of each part, from shapes alone: packed weights count as what they stand for."""
+    counts: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    for name, value in weights.items():
+        part = "text_tower" if name.startswith("logit_") else name.partition(".")[0]
+        sizes[part] = sizes.get(part, 0) + value.nbytes
+        if quantization and value.dtype == mx.uint32:
+            counts[part] = counts.get(part, 0) + value.size * 32 // quantization["bits"]
+        elif not name.endswith((".scales", ".biases")):
+            counts[part] = counts.get(part, 0) + value.size
+    return counts, sizes
+
+
+def _check_space(target: Path, total: int) -> None:
+    """Stop before the disk is full, not after an hour."""
+    parent = next(path for path in target.parents if path.exists())
+    free = shutil.disk_usage(parent).free
+    if free < total:
+        raise CheckpointError(
+            f"{parent} has {free / 1e9:.1f} GB free; the model directory needs {total / 1e9:.1f} GB."
+        )
+
+
+def drain(weights: dict[str, mx.array]) -> Iterator[tuple[str, mx.array]]:
+    """Every tensor in the order of names, let go as it is handed out."""
+    for name in sorted(weights):
+        yield name, weights.pop(name)
+
+
+def _files(report: ConvertReport, siglip: SiglipSource, llama: LlamaSource) -> dict[str, Path | str]:
+    """Everything beside weights and config.json: copies, and texts made here."""
+    files: dict[str, Path | str] = dict(_matching(llama.directory, llama_files.FILES))
+    files.update({f"siglip/{name}": path for name, path in _matching(siglip.directory, siglip_files.FILES)})
+    side = report.config.vision_config.image_size
+    pixels = {
+        "image_processor_type": "SiglipImageProcessor",
+        "size": {"height": side, "width": side},
+        "resample": siglip.image.resample,
+        "rescale_factor": siglip.image.rescale_factor,
+        "image_mean": siglip.image.image_mean,
+        "image_std": siglip.image.image_std,
+    }
+    files["preprocessor_config.json"] = json.dumps(pixels, indent=2, sort_keys=True) + "\n"
+    files["README.md"] = model_card(report.config, sum(report.parameters.values()))
+    return files
+
+
+def _matching(directory: Path, patterns: Iterable[str]) -> list[tuple[str, Path]]:
+    found = (path for path in sorted(directory.iterdir()) if path.is_file())
+    return [(path.name, path) for path in found if any(fnmatch(path.name, pattern) for pattern in patterns)]
