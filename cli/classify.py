@@ -16,9 +16,7 @@ def register(app: typer.Typer) -> None:
 
 
 def classify(
-    model: Annotated[
-        str, typer.Option("--model", help="SigLIP checkpoint, or a model directory.", show_default=False)
-    ],
+    model: Annotated[str, typer.Option("--model", help="SigLIP checkpoint, or a model directory.", show_default=False)],
     image: Annotated[list[Path], typer.Option("--image", help="Picture; repeat for more.", show_default=False)],
     text: Annotated[list[str], typer.Option("--text", help="Text to score; repeat for more.", show_default=False)],
     json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
@@ -26,7 +24,7 @@ def classify(
 ) -> None:
     """Print the sigmoid probability of each text for each picture. They need not add up to one.
 
-    Example: `llama3v-mlx classify --model google/siglip-so400m-patch14-384 --image cat.jpg --text "a cat" --text "a dog"`
+    Example: `llama3v-mlx classify --model google/siglip-base-patch16-224 --image cat.jpg --text "a cat" --text "a dog"`
     """
     from mlx_llama3v.checkpoint import load_siglip, resolve
     from mlx_llama3v.score import probabilities

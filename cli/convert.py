@@ -35,7 +35,7 @@ def convert(
 ) -> None:
     """Join a SigLIP and a Llama-3 checkpoint in a model directory with a fresh projector.
 
-    Example: `llama3v-mlx convert --vision google/siglip-so400m-patch14-384 --llm meta-llama/Meta-Llama-3-8B-Instruct -q`
+    Example: `llama3v-mlx convert --vision google/siglip-so400m-patch14-384 --llm meta-llama/Llama-3.2-1B-Instruct -q`
     """
     with show.bar("convert", "MB") as bar:
         report = convert_checkpoints(

@@ -68,4 +68,6 @@ def print_result(result: DemoResult) -> None:
     )
     show.out.print(f"Done in {show.duration(result.seconds)}. Next:\n")
     show.out.print(f"  llama3v-mlx chat --model {result.model} --run {result.sft} --image {first}")
-    show.out.print(f"  llama3v-mlx classify --model {result.model} --image {first} --text 'a red circle' --text 'a chart'")
+    show.out.print(
+        f"  llama3v-mlx classify --model {result.model} --image {first} --text 'a red circle' --text 'a chart'"
+    )

@@ -18,7 +18,9 @@ def register(app: typer.Typer) -> None:
     app.command()(doctor)
 
 
-def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False) -> None:
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
     """Print device, BLAS, versions, the measured product rate, memory and disk, and what to mend.
 
     Example: `llama3v-mlx doctor`

@@ -19,7 +19,8 @@ def register(app: typer.Typer) -> None:
 def embed(
     model: Model,
     data: Annotated[
-        Path, typer.Option("--data", help="LLaVA-format JSON or JSONL, or a folder of pictures.", show_default=False)
+        Path,
+        typer.Option("--data", help="LLaVA-format JSON or JSONL, or a folder of pictures.", show_default=False),
     ],
     output: Annotated[Path, typer.Option("--output", help="Store to fill; an existing one goes on.")] = Path("store"),
     image_folder: Annotated[Path | None, typer.Option("--image-folder", help="Where names in DATA start.")] = None,
@@ -55,7 +56,9 @@ def print_report(report: EmbedReport) -> None:
     for problem in report.problems[:20]:
         show.err.print(f"left out: {problem}")
     if len(report.problems) > 20:
-        show.err.print(f"... and {len(report.problems) - 20} more; pictures are listed in {report.store}/failures.jsonl")
+        show.err.print(
+            f"... and {len(report.problems) - 20} more; pictures are listed in {report.store}/failures.jsonl"
+        )
     summary, info = report.summary, report.info
     show.out.print(
         f"{summary.new:,} pictures encoded ({summary.slices:,} slices), {summary.reused:,} were there, "

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import click
 import typer
@@ -22,12 +22,11 @@ from mlx_llama3v.errors import RunError
 from mlx_llama3v.generate import Session, load
 
 Model = Annotated[str, typer.Option("--model", help="Model directory (from `convert`) or Hub id.", show_default=False)]
-Run = Annotated[
-    Path | None, typer.Option("--run", help="Run directory (from `train`) to apply.", show_default=False)
-]
+Run = Annotated[Path | None, typer.Option("--run", help="Run directory (from `train`) to apply.", show_default=False)]
 Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network (also HF_HUB_OFFLINE=1).")]
 MaxSlices = Annotated[
-    int | None, typer.Option("--max-slices", min=0, help="Slices beside the overview; 0: none.", show_default=False)
+    int | None,
+    typer.Option("--max-slices", min=0, help="Slices beside the overview; 0: none.", show_default=False),
 ]
 
 
@@ -56,7 +55,11 @@ def config_file(ctx: typer.Context, path: Path | None) -> Path | None:
 Config = Annotated[
     Path | None,
     typer.Option(
-        "--config", "-c", callback=config_file, is_eager=True, help="TOML file with defaults for these options."
+        "--config",
+        "-c",
+        callback=config_file,
+        is_eager=True,
+        help="TOML file with defaults for these options.",
     ),
 ]
 
@@ -81,8 +84,10 @@ def _parameter(item: Field[Any], hint: Any) -> inspect.Parameter:
     flags = item.metadata.get("flags") or [f"--{item.name.replace('_', '-')}"]
     if hint is bool:
         flags = [f"{flags[0]}/--no-{flags[0].removeprefix('--')}"]
+    if get_origin(hint) is tuple:  # a repeatable option; Typer knows those as lists
+        hint, default = list[get_args(hint)[0]], list(default)  # type: ignore[misc]
     choices = item.metadata.get("choices")
-    extra = {"click_type": click.Choice(choices)} if choices else {}
+    extra: dict[str, Any] = {"click_type": click.Choice(choices)} if choices else {}
     option = typer.Option(*flags, help=item.metadata.get("help", ""), **extra)
     return inspect.Parameter(
         item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option]
@@ -94,9 +99,7 @@ def tiling(base: TilingConfig, max_slices: int | None) -> TilingConfig:
     return base if max_slices is None else TilingConfig(base.mode, max_slices)
 
 
-def open_session(
-    model: str, run: Path | None, system: str | None, max_slices: int | None, offline: bool
-) -> Session:
+def open_session(model: str, run: Path | None, system: str | None, max_slices: int | None, offline: bool) -> Session:
     """A chat session on a model directory and, if given, a run; used by `chat` and `generate`."""
     session = load(resolve(model, offline=offline), run, system=system)
     if session.encoder is not None:

@@ -89,16 +89,12 @@ def resolve(path_or_repo: str | Path, offline: bool = False) -> Path:
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     wanted = ["*.safetensors", "*.json", "*.model", *TOKENIZER_FILES, *LEGAL_FILES]
     try:
-        found = snapshot_download(
-            name, allow_patterns=wanted, ignore_patterns=_ELSEWHERE, local_files_only=offline
-        )
+        found = snapshot_download(name, allow_patterns=wanted, ignore_patterns=_ELSEWHERE, local_files_only=offline)
     except LocalEntryNotFoundError as error:
         why = "offline mode is on" if offline else "the Hub cannot be reached"
         raise CheckpointError(f"{name} is not a directory, not in the Hub's cache, and {why}.") from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointError(
-            f"{name} is not a directory and cannot be fetched: {_first_line(error)}"
-        ) from error
+        raise CheckpointError(f"{name} is not a directory and cannot be fetched: {_first_line(error)}") from error
     return Path(found)
 
 
@@ -245,9 +241,9 @@ def parse_dtype(dtype: str | mx.Dtype) -> mx.Dtype:
 def load_run(model: Llama3V, run_dir: str | Path) -> None:
     """Apply what a run trained: `projector.safetensors` and/or `adapters.safetensors` with its configuration.
 
-    Projector tensors carry `Projector`'s own names; adapter tensors those of the decoder (with its LoRA or DoRA
-    layers, or whole where `fine_tune_type` is "full"), as mlx-lm writes them; a leading `language_model.` is
-    allowed. Raises one CheckpointError that names every tensor which is missing, unexpected or misshapen.
+    Projector tensors carry `Projector`'s own names; adapter tensors those of the decoder (with its LoRA or
+    DoRA layers, or whole where `fine_tune_type` is "full") as mlx-lm writes them, or with `language_model.`
+    before. Raises one CheckpointError that names every tensor which is missing, unexpected or misshapen.
     """
     run = Path(run_dir).expanduser()
     projector, adapters = run / "projector.safetensors", run / "adapters.safetensors"
@@ -306,14 +302,10 @@ def check_output(directory: str | Path) -> Path:
         return path
     config = path / "config.json"
     if not config.is_file() or read_json(config).get("model_type") != "llama3v":
-        raise CheckpointError(
-            f"{path} is not empty and not a model directory of ours; it is not overwritten."
-        )
+        raise CheckpointError(f"{path} is not empty and not a model directory of ours; it is not overwritten.")
     foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in _OURS)]
     if foreign:
-        raise CheckpointError(
-            f"{path} also holds {', '.join(foreign)}; move that away, it would be overwritten."
-        )
+        raise CheckpointError(f"{path} also holds {', '.join(foreign)}; move that away, it would be overwritten.")
     return path
 
 

@@ -51,9 +51,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or self.temp < 0:
-            raise ContextError(
-                f"max_tokens is {self.max_tokens}, temp {self.temp}; expected at least 1 and 0."
-            )
+            raise ContextError(f"max_tokens is {self.max_tokens}, temp {self.temp}; expected at least 1 and 0.")
 
 
 @dataclass(frozen=True)
@@ -102,9 +100,7 @@ class Session:
         self.ids: list[int] = []
         self._cache = self.model.make_cache()
 
-    def ask(
-        self, text: str, images: Sequence[Picture] = (), sampling: Sampling | None = None
-    ) -> Iterator[Piece]:
+    def ask(self, text: str, images: Sequence[Picture] = (), sampling: Sampling | None = None) -> Iterator[Piece]:
         """Answer a user turn piece by piece; the last piece carries the Answer.
 
         Pictures are read and the turn is checked at once, decoding runs as the iterator is read. An iterator

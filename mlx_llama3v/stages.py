@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_llama3v.checkpoint import load_config, load_tower, resolve
+from mlx_llama3v.checkpoint import load_config, load_model, load_run, load_tower, resolve
 from mlx_llama3v.config import TilingConfig
 from mlx_llama3v.data.llava import folder_images, image_paths, read_records
 from mlx_llama3v.data.records import Problem
 from mlx_llama3v.embeddings.embed import EmbedProgress, EmbedSummary, embed_images
 from mlx_llama3v.embeddings.store import Store, StoreWriter
+from mlx_llama3v.errors import DataError, RunError, StoreError
+from mlx_llama3v.text.tokens import Tokens
+from mlx_llama3v.train.config import TrainConfig
+from mlx_llama3v.train.report import Callbacks
+from mlx_llama3v.train.trainer import TrainResult, train
 from mlx_llama3v.vision.encode import Encoder
 
 
@@ -66,3 +71,57 @@ def embed_data(
     store = Store(output)
     failed = [Problem(name, reason) for name, reason in store.failures.items() if name in images]
     return EmbedReport(output, summary, store.info(), (*problems, *failed))
+
+
+def train_stage(
+    model: str | Path,
+    data: Path,
+    embeddings: Path,
+    output: Path,
+    config: TrainConfig,
+    *,
+    projector: Path | None = None,
+    resume: bool = False,
+    offline: bool = False,
+    callbacks: Callbacks | None = None,
+) -> TrainResult:
+    """Run one stage on the records of `data`, whose pictures are in the store `embeddings`.
+
+    `projector`: the run (or its projector.safetensors) whose projector to start from; stage sft needs one.
+    Records that cannot be read are among the result's problems. Raises UserError.
+    """
+    path = resolve(model, offline=offline)
+    model_config = load_config(path)
+    store = Store(embeddings)
+    _check_store(store, embeddings, model_config.vision_config.hidden_size, path)
+    if config.stage == "sft" and projector is None:
+        raise RunError("stage sft keeps the projector frozen; give a trained one with --projector RUN.")
+    records = read_records(data)
+    if not records.records:
+        why = f"; the first problem: {records.problems[0]}" if records.problems else ""
+        raise DataError(f"{data} has no record to train on{why}.")
+    llama3v = load_model(path)
+    if projector is not None:
+        load_run(llama3v, projector.parent if projector.is_file() else projector)
+    tokens = Tokens.load(path, model_config.marker_ids, model_config.eos_token_ids)
+    notes = {"model": str(model), "data_file": str(data), "projector": str(projector or "")}
+    result = train(
+        config,
+        llama3v,
+        tokens,
+        store,
+        records.records,
+        output,
+        resume=resume,
+        callbacks=callbacks,
+        notes=notes,
+    )
+    return replace(result, problems=(*records.problems, *result.problems))
+
+
+def _check_store(store: Store, path: Path, width: int, model: Path) -> None:
+    """Refuse embeddings of another tower before anything is loaded. (Their weights were hashed by `embed`.)"""
+    if len(store) == 0:
+        raise StoreError(f"{path} is an empty store; run `llama3v-mlx embed` first.")
+    if store.width != width:
+        raise StoreError(f"{path} holds vectors of width {store.width}, but the tower of {model} gives {width}.")

@@ -43,9 +43,7 @@ def weight_files(directory: Path) -> list[Path]:
     Raises CheckpointError where a named file is missing, where there are only pickles, or no weights at all.
     """
     if (directory / INDEX).is_file():
-        files = [
-            directory / name for name in sorted(set(read_json(directory / INDEX)["weight_map"].values()))
-        ]
+        files = [directory / name for name in sorted(set(read_json(directory / INDEX)["weight_map"].values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise CheckpointError(f"{directory}: {INDEX} names {', '.join(missing)}, which is not there.")
@@ -81,9 +79,7 @@ def read_tensors(directory: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str
     for file in weight_files(directory):
         tensors = {name: value for name, value in load_file(file).items() if name.startswith(prefixes)}
         if twice := sorted(found.keys() & tensors.keys()):
-            raise CheckpointError(
-                f"{file} repeats {', '.join(twice)} of another file of the same checkpoint."
-            )
+            raise CheckpointError(f"{file} repeats {', '.join(twice)} of another file of the same checkpoint.")
         found.update(tensors)
     return dict(sorted(found.items()))
 
@@ -93,9 +89,7 @@ def parameters(module: nn.Module) -> dict[str, mx.array]:
     return dict(tree_flatten(module.parameters()))
 
 
-def mismatches(
-    expected: Mapping[str, mx.array], found: Mapping[str, mx.array], prefix: str = ""
-) -> list[str]:
+def mismatches(expected: Mapping[str, mx.array], found: Mapping[str, mx.array], prefix: str = "") -> list[str]:
     """What keeps `found` from being loaded as `expected`, one phrase a tensor, none where all is well.
 
     `prefix` is put before the names of `expected`, so that phrases name tensors as the file does.
@@ -118,9 +112,7 @@ def refuse(phrases: Iterable[str], where: Path | str) -> None:
         raise CheckpointError(f"{where}: the weights do not fit the configuration: {text}.")
 
 
-def load_into(
-    module: nn.Module, weights: Mapping[str, mx.array], where: Path | str, prefix: str = ""
-) -> None:
+def load_into(module: nn.Module, weights: Mapping[str, mx.array], where: Path | str, prefix: str = "") -> None:
     """Set every parameter of `module` from `weights`, named `prefix` + parameter; strict, all or nothing."""
     refuse(mismatches(parameters(module), weights, prefix), where)
     module.load_weights([(name.removeprefix(prefix), value) for name, value in weights.items()])
@@ -181,11 +173,7 @@ def write_shards(
     close_shard()
     weight_map: dict[str, str] = {}
     for index, names in enumerate(shards):  # the number of files, which is in their names, is known only now
-        file = (
-            f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-            if len(shards) > 1
-            else "model.safetensors"
-        )
+        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         os.replace(directory / f"part-{index:05d}.safetensors", directory / file)
         weight_map.update(dict.fromkeys(names, file))
     values = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_llama3v.config import Encoded, ModelConfig, ProjectorConfig, SliceLayout
+from mlx_llama3v.config import Encoded, ModelConfig, ProjectorConfig, SliceLayout, VisionConfig
 from mlx_llama3v.data.batches import Batch, Row, build_rows, collate, order, padded
 from mlx_llama3v.data.records import Record
 from mlx_llama3v.embeddings.store import Store, StoreWriter
@@ -23,7 +25,7 @@ LAYOUTS = {
     "wide": SliceLayout((5, 7)),  # 12 or 35 tokens, padded to 12 or 40
     "square": SliceLayout((14, 14)),  # the tower's native grid
 }
-CONFIG = tiny_config()
+CONFIG = replace(tiny_config(), vision_config=VisionConfig(D_VISION, image_size=224, patch_size=16))
 TOKENS = tiny_tokens()
 
 
@@ -100,9 +102,7 @@ def test_rows_over_the_limit_are_reported_not_cut(store: Store) -> None:
     assert lengths["b"] > limit and lengths["turns"] > limit
     rows, problems = build_rows(RECORDS, store, TOKENS, CONFIG.projector_config, limit, "sft")
     assert {row.id: len(row) for row in rows} == {name: n for name, n in lengths.items() if n <= limit}
-    assert str(problems[0]) == (
-        f"record b: it has {lengths['b']} tokens, more than the longest allowed ({limit})"
-    )
+    assert str(problems[0]) == (f"record b: it has {lengths['b']} tokens, more than the longest allowed ({limit})")
 
 
 def test_only_stage_pretrain_knows_bare_captions(store: Store) -> None:

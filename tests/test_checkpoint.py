@@ -11,7 +11,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_llama3v.weights.convert import convert
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from mlx_llama3v import tensors
@@ -30,6 +29,7 @@ from mlx_llama3v.tensors import read_tensors
 from mlx_llama3v.text.siglip import SiglipTokenizer
 from mlx_llama3v.vision.encode import patchify
 from mlx_llama3v.vision.siglip import position_table
+from mlx_llama3v.weights.convert import convert
 from tests.hf_edit import copy, edit, edit_json
 from tests.hf_llama import make_llama
 from tests.hf_parity import distance, logits, pixels
@@ -77,9 +77,7 @@ def test_an_existing_directory_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("flag", "variable"), [(True, ""), (False, "1"), (False, "true")])
-def test_offline_never_asks_the_hub(
-    flag: bool, variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_offline_never_asks_the_hub(flag: bool, variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import huggingface_hub
 
     asked: list[dict[str, Any]] = []

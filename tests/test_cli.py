@@ -128,7 +128,11 @@ def test_convert_mistakes(cli: Cli, tmp_path: Path) -> None:
     pickles = tmp_path / "pickles"
     shutil.copytree(llama, pickles)
     (pickles / "model.safetensors").rename(pickles / "pytorch_model.bin")
-    refused(cli("convert", "--vision", siglip, "--llm", pickles, "--mlx-path", out), "pytorch_model.bin", "safetensors")
+    refused(
+        cli("convert", "--vision", siglip, "--llm", pickles, "--mlx-path", out),
+        "pytorch_model.bin",
+        "safetensors",
+    )
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("do not touch")
@@ -264,7 +268,15 @@ def test_generate_mistakes(cli: Cli, world: World, tmp_path: Path) -> None:
 
 
 def test_chat_takes_pictures_and_commands(cli: Cli, world: World) -> None:
-    lines = ["/help", f"/image {_picture(world)}", "What is it?", "/reset", "/image none.png", "/what", "Hello"]
+    lines = [
+        "/help",
+        f"/image {_picture(world)}",
+        "What is it?",
+        "/reset",
+        "/image none.png",
+        "/what",
+        "Hello",
+    ]
     outcome = cli("chat", "--model", world.model, "--max-tokens", 3, stdin="\n".join(lines))
     assert outcome.status == 0, outcome.err
     assert "next question" in outcome.out and "forgotten" in outcome.out and "/what is no command" in outcome.out
@@ -307,9 +319,16 @@ def test_demo_in_miniature(cli: Cli, tmp_path: Path) -> None:
     outcome = cli("demo", "--output", output, *small)
     assert outcome.status == 0, outcome.err
     values = json.loads((output / "demo.json").read_text())
-    assert {"overall", "blind", "kinds", "small_text_split", "small_text_unsplit", "seconds", "seed", "device"} <= set(
-        values
-    )
+    assert {
+        "overall",
+        "blind",
+        "kinds",
+        "small_text_split",
+        "small_text_unsplit",
+        "seconds",
+        "seed",
+        "device",
+    } <= set(values)
     assert sum(kind["n"] for kind in values["kinds"].values()) == 9
     assert (output / "gallery.png").stat().st_size > 1000
     command = next(line for line in outcome.out.splitlines() if "llama3v-mlx chat" in line).split()

@@ -11,10 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx_llama3v.weights.convert import convert
 
 from mlx_llama3v.checkpoint import load_config
 from mlx_llama3v.tensors import read_tensors
+from mlx_llama3v.weights.convert import convert
 from tests.hf_edit import copy, edit, edit_json
 from tests.hf_llama import LLAMA3_SCALING, make_llama
 from tests.hf_parity import distance, features, hf_features, hf_logits, logits
@@ -53,9 +53,7 @@ def test_tower_matches_transformers(vision: Path, converted: Path) -> None:
         assert distance(features(converted, layer), expected[layer].numpy()) <= TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "over", [{}, {"tie": True, "rope_scaling": LLAMA3_SCALING}, {"head_dim": 24, "kv_heads": 1}]
-)
+@pytest.mark.parametrize("over", [{}, {"tie": True, "rope_scaling": LLAMA3_SCALING}, {"head_dim": 24, "kv_heads": 1}])
 def test_decoder_matches_transformers(over: dict[str, Any], vision: Path, tmp_path: Path) -> None:
     llm = make_llama(tmp_path / "llm", **over)
     convert(vision, llm, tmp_path / "model")

@@ -10,10 +10,10 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from mlx_llama3v.weights.convert import QuantConfig, convert
 
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.tensors import INDEX
+from mlx_llama3v.weights.convert import QuantConfig, convert
 from tests.hf_edit import contents, copy, edit, edit_json
 from tests.hf_llama import make_llama
 from tests.hf_siglip import make_siglip
@@ -150,9 +150,7 @@ def test_settings_that_cannot_be(vision: Path, llm: Path, tmp_path: Path) -> Non
         QuantConfig(7, 48)
 
 
-def test_full_disk_is_foreseen(
-    vision: Path, llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_is_foreseen(vision: Path, llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     refused("GB free", vision, llm, tmp_path / "model")

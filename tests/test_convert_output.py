@@ -10,15 +10,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx_llama3v.weights import llama as llama_files
-from mlx_llama3v.weights import siglip as siglip_files
-from mlx_llama3v.weights.convert import QuantConfig, convert
 
 from mlx_llama3v.checkpoint import load_config, load_model, read_siglip_config
 from mlx_llama3v.config import ImageConfig
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.tensors import INDEX, read_tensors
 from mlx_llama3v.vision.siglip import sanitize
+from mlx_llama3v.weights import llama as llama_files
+from mlx_llama3v.weights import siglip as siglip_files
+from mlx_llama3v.weights.convert import QuantConfig, convert
 from tests.hf_edit import contents, copy, edit, edit_json
 from tests.hf_llama import make_llama
 from tests.hf_parity import IDS, distance, hf_logits, logits
@@ -91,8 +91,7 @@ def test_sharded_input_and_output(vision: Path, llm: Path, converted: Path, tmp_
     assert len(files) > 5 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     index = json.loads((tmp_path / "model" / INDEX).read_text())
     assert (
-        list(index["weight_map"]) == sorted(index["weight_map"])
-        and sorted(set(index["weight_map"].values())) == files
+        list(index["weight_map"]) == sorted(index["weight_map"]) and sorted(set(index["weight_map"].values())) == files
     )
     for file in files:
         held = mx.load(str(tmp_path / "model" / file))
@@ -106,9 +105,7 @@ def test_a_conversion_holds_one_shard_at_a_time(vision: Path, tmp_path: Path) ->
     mx.clear_cache()
     held = mx.get_active_memory()
     mx.reset_peak_memory()
-    report = convert(
-        vision, llm, tmp_path / "model", shard_bytes=1 << 20, progress=lambda *at: calls.append(at)
-    )
+    report = convert(vision, llm, tmp_path / "model", shard_bytes=1 << 20, progress=lambda *at: calls.append(at))
     total = sum(report.bytes.values())
     assert mx.get_peak_memory() - held < total / 4
     assert calls[-1] == (total, total) and [done for done, _ in calls] == sorted(done for done, _ in calls)
@@ -120,9 +117,7 @@ def test_quantization_touches_the_decoder_only_and_reports_each_layer(vision: Pa
     downs = {f"language_model.model.layers.{n}.mlp.down_proj" for n in range(2)}
     assert {layer.name for layer in report.quantized} == downs
     assert {layer.bits for layer in report.quantized} == {4}
-    assert {"language_model.lm_head", "language_model.model.embed_tokens"} < {
-        layer.name for layer in report.layers
-    }
+    assert {"language_model.lm_head", "language_model.model.embed_tokens"} < {layer.name for layer in report.layers}
     weights = read_tensors(tmp_path / "model")
     packed = {name.removesuffix(".weight") for name, value in weights.items() if value.dtype == mx.uint32}
     assert packed == downs
@@ -161,9 +156,7 @@ def test_a_llama_that_mlx_lm_quantized_is_taken_as_it_is(vision: Path, llm: Path
 
 
 def test_dtype_of_tower_and_decoder(vision: Path, llm: Path, tmp_path: Path) -> None:
-    half = edit(
-        copy(vision, tmp_path / "half"), lambda w: w.update({k: v.astype(mx.float16) for k, v in w.items()})
-    )
+    half = edit(copy(vision, tmp_path / "half"), lambda w: w.update({k: v.astype(mx.float16) for k, v in w.items()}))
     convert(half, llm, tmp_path / "kept")
     convert(half, llm, tmp_path / "cast", dtype="bfloat16")
     kept, cast = _dtypes(tmp_path / "kept"), _dtypes(tmp_path / "cast")

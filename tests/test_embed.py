@@ -40,9 +40,7 @@ class FakeEncoder:
     @staticmethod
     def split(number: int) -> tuple[SliceLayout, list[np.ndarray]]:
         layout = LAYOUTS[number % 3]
-        slices = [
-            np.full((h * w, CHANNELS), number + i / 8, np.float32) for i, (h, w) in enumerate(layout.grids)
-        ]
+        slices = [np.full((h * w, CHANNELS), number + i / 8, np.float32) for i, (h, w) in enumerate(layout.grids)]
         return layout, slices
 
     def encode(self, slices: Sequence[tuple[Grid, np.ndarray]], batch_size: int = 8) -> list[np.ndarray]:
@@ -62,9 +60,7 @@ class FakeEncoder:
 
     def fresh(self, number: int) -> Encoded:
         layout, slices = self.split(number)
-        return Encoded(
-            layout, np.concatenate([self.rows(g, p) for g, p in zip(layout.grids, slices, strict=True)])
-        )
+        return Encoded(layout, np.concatenate([self.rows(g, p) for g, p in zip(layout.grids, slices, strict=True)]))
 
 
 def write(folder: Path, texts: dict[str, str]) -> list[tuple[str, Path]]:
@@ -73,9 +69,7 @@ def write(folder: Path, texts: dict[str, str]) -> list[tuple[str, Path]]:
     return [(name, folder / name) for name in texts]
 
 
-def run(
-    store: Path, images: Sequence[tuple[str, str | Path]], encoder: FakeEncoder, **keys: Any
-) -> EmbedSummary:
+def run(store: Path, images: Sequence[tuple[str, str | Path]], encoder: FakeEncoder, **keys: Any) -> EmbedSummary:
     with StoreWriter(store, encoder.fingerprint(), shard_bytes=300) as writer:
         return embed_images(images, encoder, writer, **{"batch_size": 2, **keys})
 
@@ -99,17 +93,13 @@ def folder(tmp_path: Path) -> Path:
 def test_every_picture_is_stored_in_order(tmp_path: Path, folder: Path, workers: int) -> None:
     numbers = {f"{n}.png": n for n in range(30)}
     encoder = FakeEncoder()
-    summary = run(
-        tmp_path / "s", write(folder, {k: str(n) for k, n in numbers.items()}), encoder, workers=workers
-    )
+    summary = run(tmp_path / "s", write(folder, {k: str(n) for k, n in numbers.items()}), encoder, workers=workers)
     check(tmp_path / "s", numbers)
     assert Store(tmp_path / "s").names == tuple(numbers)
     layouts = [FakeEncoder.split(n)[0] for n in range(30)]
     assert (summary.new, summary.failed, summary.reused, summary.duplicates) == (30, 0, 0, 0)
     assert summary.slices == sum(len(layout.grids) for layout in layouts) == sum(encoder.calls)
-    assert (
-        summary.patches == sum(layout.patches for layout in layouts) == Store(tmp_path / "s").info()["tokens"]
-    )
+    assert summary.patches == sum(layout.patches for layout in layouts) == Store(tmp_path / "s").info()["tokens"]
     assert summary.bytes == summary.patches * WIDTH * 2
     assert summary.seconds >= summary.waiting_seconds > 0
 
@@ -153,9 +143,7 @@ def test_equal_bytes_are_encoded_once(tmp_path: Path, folder: Path) -> None:
 
 
 def test_unreadable_pictures_are_listed_and_tried_again(tmp_path: Path, folder: Path) -> None:
-    images: list[tuple[str, str | Path]] = [
-        *write(folder, {"a": "1", "bad": "not a number", "b": "4", "bad2": ""})
-    ]
+    images: list[tuple[str, str | Path]] = [*write(folder, {"a": "1", "bad": "not a number", "b": "4", "bad2": ""})]
     images += [("gone", folder / "gone"), ("nul", str(folder / "x\0y")), ("folder", folder)]
     encoder = FakeEncoder()
     summary = run(tmp_path / "s", images, encoder)

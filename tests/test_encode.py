@@ -157,6 +157,4 @@ def test_fingerprint_names_everything_that_matters(encoder: Encoder) -> None:
     bent.update(tower.parameters())
     bias = bent.encoder.layers[1].mlp.fc1.bias
     bent.encoder.layers[1].mlp.fc1.bias = bias + mx.where(mx.arange(bias.size) == 3, 1e-3, 0.0)
-    assert (
-        Encoder(bent, VISION, ImageConfig(), TilingConfig(), -1).fingerprint()["weights"] != base["weights"]
-    )
+    assert Encoder(bent, VISION, ImageConfig(), TilingConfig(), -1).fingerprint()["weights"] != base["weights"]

@@ -71,8 +71,8 @@ def uncached(model: Llama3V, row: Rendered, pictures, max_tokens: int, stop=TOKE
 class Transcript:
     """The whole conversation as one row, kept by hand beside a session."""
 
-    def __init__(self, model: Llama3V) -> None:
-        self.model, self.ids, self.source = model, [], []
+    def __init__(self, model: Llama3V, tokens: Tokens = TOKENS) -> None:
+        self.model, self.stop, self.ids, self.source = model, tokens.stop, [], []
         self.pictures: list[Encoded] = []
 
     def ask(self, text: str, images, max_tokens: int) -> list[int]:
@@ -85,7 +85,7 @@ class Transcript:
         self.source += np.where(turn.source >= FIRST_VISUAL, turn.source + before, turn.source).tolist()
         self.pictures += images
         ids, source = np.array(self.ids, np.int32), np.array(self.source, np.int32)
-        found = uncached(self.model, Rendered(ids, source, source > 0), self.pictures, max_tokens)
+        found = uncached(self.model, Rendered(ids, source, source > 0), self.pictures, max_tokens, self.stop)
         self.note(found)
         return found
 
@@ -157,6 +157,17 @@ def test_an_answer_left_early_is_cut_off_there(model: Llama3V) -> None:
     assert list(answer(session, *TURNS[3], max_tokens=6).tokens) == transcript.ask(*TURNS[3], 6)
 
 
+def test_a_turn_interrupted_in_its_prefill_never_was(model: Llama3V, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, transcript = Session(model, TOKENS), Transcript(model)
+    assert list(answer(session, *TURNS[0], max_tokens=4).tokens) == transcript.ask(*TURNS[0], 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(Llama3V, "logits", lambda self, hidden: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            answer(session, *TURNS[1], max_tokens=4)
+    assert session.ids == transcript.ids
+    assert list(answer(session, *TURNS[3], max_tokens=4).tokens) == transcript.ask(*TURNS[3], 4)
+
+
 def test_a_turn_that_never_starts_leaves_nothing(model: Llama3V) -> None:
     session = Session(model, TOKENS)
     answer(session, *TURNS[0], max_tokens=4)
@@ -186,8 +197,11 @@ def test_every_stop_id_ends_an_answer(model: Llama3V, stop: int) -> None:
     found = answer(ended, *TURNS[1], max_tokens=20)
     assert found.tokens == free[:place] and found.finish_reason == "stop"
     assert stop not in ended.ids[-place - 2 :]
-    later = answer(ended, *TURNS[2], max_tokens=5)
-    assert later.cached_tokens == len(ended.ids) - later.prompt_tokens - len(later.tokens)
+    # The next turn sees <|eot_id|> after the answer, whichever id ended it, and once only.
+    transcript = Transcript(ended.model, tokens)
+    assert transcript.ask(*TURNS[1], 20) == list(found.tokens)
+    assert list(answer(ended, *TURNS[2], max_tokens=5).tokens) == transcript.ask(*TURNS[2], 5)
+    assert ended.ids == transcript.ids
     messages = [Message("user", TURNS[1][0], (0,))]
     (batched,) = batch_generate(model, tokens, [Request(tuple(messages), tuple(TURNS[1][1]))], 20)
     assert (batched.tokens, batched.finish_reason) == (found.tokens, "stop")
@@ -212,9 +226,7 @@ def test_the_context_is_a_limit() -> None:
     long = Request((Message("user", "word " * 60),))
     with pytest.raises(ContextError, match="context holds 60"):
         batch_generate(model, TOKENS, [long])
-    (cut,) = batch_generate(
-        model, TOKENS, [Request((Message("user", "x", (0,)),), (picture(SPLIT, 1),))], 500
-    )
+    (cut,) = batch_generate(model, TOKENS, [Request((Message("user", "x", (0,)),), (picture(SPLIT, 1),))], 500)
     assert cut.tokens == found.tokens
 
 

@@ -114,9 +114,7 @@ def test_a_truncated_file_is_an_error_with_its_position() -> None:
 
 
 def test_system_prompt_and_several_pictures(tmp_path: Path) -> None:
-    row = llava(
-        "<image><image>Which?", "The first.", image=["a.png", "b.png"], system_prompt="Be brief.", id=7
-    )
+    row = llava("<image><image>Which?", "The first.", image=["a.png", "b.png"], system_prompt="Be brief.", id=7)
     assert one(tmp_path, row) == Record(
         "7",
         ("a.png", "b.png"),
@@ -259,11 +257,7 @@ def test_other_shapes_of_files(tmp_path: Path) -> None:
 
 
 JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.sampled_from(["<image>", "human", "user", "x", ""]),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["<image>", "human", "user", "x", ""]),
     lambda inner: st.lists(inner, max_size=3)
     | st.dictionaries(
         st.sampled_from(["conversations", "messages", "from", "role", "value", "content", "image", "images"])
@@ -277,9 +271,7 @@ JSON = st.recursive(
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(JSON, max_size=3))
-def test_nothing_that_is_json_breaks_the_reader(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[Any]
-) -> None:
+def test_nothing_that_is_json_breaks_the_reader(tmp_path_factory: pytest.TempPathFactory, rows: list[Any]) -> None:
     file = read(tmp_path_factory.getbasetemp() / "fuzz.json", rows)
     assert len(file.records) + len(file.problems) == len(rows)
 

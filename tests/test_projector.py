@@ -65,9 +65,7 @@ def test_pooling_is_the_mean_of_each_window(grid: tuple[int, int], pool: int) ->
     window = rows // pool * -(-w // pool) + cols // pool
     found = np.array(average(mx.array(padded), window, valid, tokens))[0]
     image = x.reshape(h, w, 12)
-    expected = [
-        image[i : i + pool, j : j + pool].mean((0, 1)) for i in range(0, h, pool) for j in range(0, w, pool)
-    ]
+    expected = [image[i : i + pool, j : j + pool].mean((0, 1)) for i in range(0, h, pool) for j in range(0, w, pool)]
     assert len(expected) == tokens
     np.testing.assert_allclose(found, expected, atol=1e-6)
 

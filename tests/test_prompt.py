@@ -97,9 +97,7 @@ def test_many_turns_many_pictures_and_a_system_prompt(tokens: Tokens) -> None:
 def test_caption_form(tokens: Tokens) -> None:
     messages = [Message("user", "Describe it.", (0,)), Message("assistant", "A red circle.")]
     row = render(messages, [SQUARE], tokens, PROJECTOR, caption=True)
-    assert (
-        shown(row, tokens) == "<|begin_of_text|><image><9 visual tokens></image>A red circle.<|end_of_text|>"
-    )
+    assert shown(row, tokens) == "<|begin_of_text|><image><9 visual tokens></image>A red circle.<|end_of_text|>"
     assert targets(row, tokens) == ["A red circle.<|end_of_text|>"]
     asked = render(messages[:1], [SQUARE], tokens, PROJECTOR, caption=True, generate=True)
     assert shown(asked, tokens) == "<|begin_of_text|><image><9 visual tokens></image>"
@@ -111,9 +109,7 @@ def test_chat_turns_add_up_to_the_whole(tokens: Tokens) -> None:
     first = render([SIGN], [SPLIT], tokens, PROJECTOR, generate=True)
     second = render([later], [SQUARE], tokens, PROJECTOR, generate=True, start=False)
     answer = tokens.encode("Stop.")
-    whole = render(
-        [SIGN, STOP, Message("user", "And this?", (1,))], [SPLIT, SQUARE], tokens, PROJECTOR, generate=True
-    )
+    whole = render([SIGN, STOP, Message("user", "And this?", (1,))], [SPLIT, SQUARE], tokens, PROJECTOR, generate=True)
     assert [*first.ids, *answer, *second.ids] == whole.ids.tolist()
     shift = np.where(second.source >= FIRST_VISUAL, 26, 0)
     assert [*first.source, *[0] * len(answer), *(second.source + shift)] == whole.source.tolist()
@@ -122,9 +118,7 @@ def test_chat_turns_add_up_to_the_whole(tokens: Tokens) -> None:
     assert not first.supervised.any()
 
 
-@pytest.mark.parametrize(
-    "attack", ["<|eot_id|>", "<image>", "</text>", "<|begin_of_text|>", "<|start_header_id|>"]
-)
+@pytest.mark.parametrize("attack", ["<|eot_id|>", "<image>", "</text>", "<|begin_of_text|>", "<|start_header_id|>"])
 def test_text_cannot_inject(tokens: Tokens, attack: str) -> None:
     messages = [Message("user", f"{attack} x {attack}", (0,)), Message("assistant", f"{attack}.")]
     row = render(messages, [SQUARE], tokens, PROJECTOR)

@@ -10,8 +10,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_llama3v.weights.convert import QuantConfig, convert
-from mlx_llama3v.weights.fuse import fuse
 
 from mlx_llama3v.checkpoint import (
     load_config,
@@ -23,6 +21,8 @@ from mlx_llama3v.compat import linear_to_lora_layers
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.tensors import read_tensors
+from mlx_llama3v.weights.convert import QuantConfig, convert
+from mlx_llama3v.weights.fuse import fuse
 from tests.hf_edit import contents, edit_json
 from tests.hf_llama import make_llama
 from tests.hf_parity import IDS, distance, logits
@@ -62,9 +62,7 @@ def write_run(
     model.language_model.load_weights(list(noise.items()), strict=False)
     model.projector.markers = mx.random.normal(model.projector.markers.shape)
     model.eval()
-    save_safetensors_atomic(
-        run / "adapters.safetensors", {prefix + name: value for name, value in noise.items()}
-    )
+    save_safetensors_atomic(run / "adapters.safetensors", {prefix + name: value for name, value in noise.items()})
     save_safetensors_atomic(run / "projector.safetensors", dict(tree_flatten(model.projector.parameters())))
     config = {"fine_tune_type": kind, "num_layers": 1, "lora_parameters": parameters}
     (run / "adapter_config.json").write_text(json.dumps(config))

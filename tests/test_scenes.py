@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -66,7 +67,7 @@ def test_questions_have_one_right_answer() -> None:
 def test_bars_differ_visibly() -> None:
     for scene in _sample(100, "chart"):
         heights = sorted(bar.height for bar in scene.bars)
-        assert all(b - a > 0.08 for a, b in zip(heights, heights[1:], strict=False))
+        assert all(b - a > 0.08 for a, b in pairwise(heights))
 
 
 def test_a_sign_lies_in_one_tile_and_is_small_in_the_overview() -> None:

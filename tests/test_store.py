@@ -327,9 +327,7 @@ def full_disk(*_: object) -> None:
 
 
 @pytest.mark.parametrize("call", ["_sync", "_view"])  # at the end, and in the middle of writing
-def test_a_full_disk_loses_nothing_that_was_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
+def test_a_full_disk_loses_nothing_that_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     fill(tmp_path, range(4))
     before = files(tmp_path)
     writer = StoreWriter(tmp_path, FINGERPRINT, shard_bytes=1 << 20)
@@ -351,9 +349,7 @@ def test_a_full_disk_loses_nothing_that_was_made(
     assert contents(tmp_path) == expected(range(5))
 
 
-def test_a_full_disk_ends_the_block_with_that_one_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_ends_the_block_with_that_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tries = []
 
     def failing(*_: object) -> None:

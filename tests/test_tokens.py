@@ -40,11 +40,7 @@ def test_a_typed_control_token_stays_text(tokens: Tokens, name: str) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.sampled_from([*CONTROL, "<|", "|>", "é", "猫", "🙂", " ", "\n\n", "x"]), max_size=8).map(
-        "".join
-    )
-)
+@given(st.lists(st.sampled_from([*CONTROL, "<|", "|>", "é", "猫", "🙂", " ", "\n\n", "x"]), max_size=8).map("".join))
 def test_any_text_comes_back_and_holds_no_control_id(text: str) -> None:
     tokens = Tokens(tiny_tokenizer())
     ids = tokens.encode(text)

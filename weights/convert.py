@@ -16,11 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_llama3v.weights import llama as llama_files
-from mlx_llama3v.weights import siglip as siglip_files
-from mlx_llama3v.weights.card import model_card
-from mlx_llama3v.weights.llama import LlamaSource, read_llama
-from mlx_llama3v.weights.siglip import SiglipSource, read_siglip
 
 from mlx_llama3v.checkpoint import check_output, parse_dtype, resolve, save_model
 from mlx_llama3v.config import ModelConfig, ProjectorConfig, TilingConfig
@@ -28,6 +23,11 @@ from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.model import Llama3V, quantize_decoder
 from mlx_llama3v.tensors import SHARD_BYTES, mismatches, parameters, refuse
 from mlx_llama3v.text.tokens import Tokens
+from mlx_llama3v.weights import llama as llama_files
+from mlx_llama3v.weights import siglip as siglip_files
+from mlx_llama3v.weights.card import model_card
+from mlx_llama3v.weights.llama import LlamaSource, read_llama
+from mlx_llama3v.weights.siglip import SiglipSource, read_siglip
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,7 @@ def convert(
     target = check_output(mlx_path)
     siglip, llama = read_siglip(resolve(vision, offline)), read_llama(resolve(llm, offline))
     if quantize and llama.quantization:
-        raise CheckpointError(
-            f"{llm} is already quantized to {llama.quantization['bits']} bits; leave -q out."
-        )
+        raise CheckpointError(f"{llm} is already quantized to {llama.quantization['bits']} bits; leave -q out.")
     config = ModelConfig(
         vision_config=siglip.vision,
         text_config=llama.config,
@@ -126,9 +124,7 @@ def convert(
     return report
 
 
-def _projector_config(
-    kind: str, pool: int | None, siglip: SiglipSource, llama: LlamaSource
-) -> ProjectorConfig:
+def _projector_config(kind: str, pool: int | None, siglip: SiglipSource, llama: LlamaSource) -> ProjectorConfig:
     """The projector's shape, which follows from the two models it joins."""
     width, grid = siglip.vision.hidden_size, siglip.vision.grid
     if kind != "attention":
@@ -212,8 +208,7 @@ def _quantize(model: Llama3V, quantize: QuantConfig) -> tuple[LayerReport, ...]:
         layers.append(LayerReport(name, quantize.bits if "scales" in held else None, size))
     if all(layer.bits is None for layer in layers):
         raise CheckpointError(
-            f"no layer of the decoder can be quantized: no width is a multiple of --q-group-size "
-            f"{quantize.group_size}."
+            f"no layer of the decoder can be quantized: no width is a multiple of --q-group-size {quantize.group_size}."
         )
     return tuple(layers)
 
@@ -248,9 +243,7 @@ def _check_space(target: Path, total: int) -> None:
     parent = next(path for path in target.parents if path.exists())
     free = shutil.disk_usage(parent).free
     if free < total:
-        raise CheckpointError(
-            f"{parent} has {free / 1e9:.1f} GB free; the model directory needs {total / 1e9:.1f} GB."
-        )
+        raise CheckpointError(f"{parent} has {free / 1e9:.1f} GB free; the model directory needs {total / 1e9:.1f} GB.")
 
 
 def drain(weights: dict[str, mx.array]) -> Iterator[tuple[str, mx.array]]:

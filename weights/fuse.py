@@ -8,18 +8,16 @@ from pathlib import Path
 
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
-from mlx_llama3v.weights.card import model_card
-from mlx_llama3v.weights.convert import drain, measure
 
 from mlx_llama3v.checkpoint import check_output, load_run, read_model, resolve, save_model
 from mlx_llama3v.tensors import SHARD_BYTES, parameters, read_tensors
+from mlx_llama3v.weights.card import model_card
+from mlx_llama3v.weights.convert import drain, measure
 
 _REMADE = ("config.json", "README.md", "model*.safetensors*", ".*")
 
 
-def fuse(
-    model_dir: str | Path, run_dir: str | Path, out_dir: str | Path, *, shard_bytes: int = SHARD_BYTES
-) -> Path:
+def fuse(model_dir: str | Path, run_dir: str | Path, out_dir: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
     """Write `model_dir` with what `run_dir` trained merged in; dtypes and quantization stay as they are.
 
     A quantized layer is merged at full precision and quantized again, which rounds the adapter. Returns the

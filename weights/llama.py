@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_llama3v.weights.siglip import describe
 
 from mlx_llama3v.checkpoint import LEGAL_FILES, TOKENIZER_FILES
 from mlx_llama3v.config import llama_config, stop_ids
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.tensors import read_json, read_tensors
+from mlx_llama3v.weights.siglip import describe
 
 PREFIX = "language_model."
 FILES = (*TOKENIZER_FILES, *LEGAL_FILES)

@@ -48,9 +48,7 @@ class Batch:
     source: mx.array  # int32 [B, L]: 0 text, 1..8 marker, 9 + n entry n of the projected [S * num_tokens]
     targets: mx.array  # int32 [B, L]: the id that position i predicts
     supervised: mx.array  # bool [B, L]: whether that id is to be learned
-    picks: (
-        mx.array
-    )  # int32 [N]: flat indices b * L + i of all supervised positions, padded with unsupervised ones
+    picks: mx.array  # int32 [N]: flat indices b * L + i of all supervised positions, padded with unsupervised ones
     patches: mx.array | None  # float32 [S, P, D_v]; None where no row has a picture
     grid: mx.array | None  # int32 [S, 2]
     num_tokens: int  # visual tokens a slice has room for
@@ -95,14 +93,10 @@ def build_rows(
     return rows, problems
 
 
-def _build_row(
-    record: Record, store: Store, tokens: Tokens, projector: ProjectorConfig, *, caption: bool
-) -> Row:
+def _build_row(record: Record, store: Store, tokens: Tokens, projector: ProjectorConfig, *, caption: bool) -> Row:
     for name in record.images:
         if name not in store:
-            raise DataError(
-                f"its picture {name!r} is not in the store: {store.failures.get(name, 'not embedded')}"
-            )
+            raise DataError(f"its picture {name!r} is not in the store: {store.failures.get(name, 'not embedded')}")
     layouts = tuple(store.layout(name) for name in record.images)
     rendered = render(record.messages, layouts, tokens, projector, caption=caption)
     return Row(record.id, rendered, record.images, layouts)
@@ -167,9 +161,7 @@ def _slices(
     packed = pack([[store.read(name) for name in row.images] for row in rows], config.projector_config)
     if packed is None:
         return None, None, 0, [np.zeros(0, np.int32)] * len(rows)
-    native = (
-        config.vision_config.grid
-    )  # whole slices of this shape are what most stores consist of: never pad them
+    native = config.vision_config.grid  # whole slices of this shape are what most stores consist of: never pad them
     S = padded(len(packed.grid))
     P = padded(packed.patches.shape[1], most=native**2)
     num_tokens = padded(packed.num_tokens, most=config.projector_config.num_tokens((native, native)))

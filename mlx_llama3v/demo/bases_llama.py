@@ -13,6 +13,7 @@ import json
 import time
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class Trainer:
         if not (Path(args.output) / "tokenizer.json").exists():
             write_llama_tokenizer(Path(args.output), corpus())
         self.tokenizer = AutoTokenizer.from_pretrained(args.output)
-        ids = self.tokenizer.convert_tokens_to_ids
+        ids: Any = self.tokenizer.convert_tokens_to_ids
         self.bos, self.end, self.eot = map(ids, ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"))
         self.header = {role: self._header(role) for role in ("user", "assistant")}
         self.model = LlamaForCausalLM._from_config(self._config(), attn_implementation="sdpa")
@@ -69,7 +70,7 @@ class Trainer:
         )  # fmt: skip
 
     def _header(self, role: str) -> list[int]:
-        ids = self.tokenizer.convert_tokens_to_ids
+        ids: Any = self.tokenizer.convert_tokens_to_ids
         text = self.tokenizer.encode(role, add_special_tokens=False)
         newlines = self.tokenizer.encode("\n\n", add_special_tokens=False)
         return [ids("<|start_header_id|>"), *text, ids("<|end_header_id|>"), *newlines]
@@ -140,7 +141,8 @@ class Trainer:
         self.work.mkdir(parents=True, exist_ok=True)
         temporary = self.work / "llama.pt.tmp"
         torch.save(
-            {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}, temporary
+            {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step},
+            temporary,
         )
         temporary.replace(self.work / "llama.pt")
 
@@ -172,7 +174,7 @@ def main() -> None:
         if trainer.step % 50 == 0:
             rate = 50 / (time.time() - started)
             print(
-                f"step {trainer.step} loss {np.mean(losses[-50:]):.3f} right {trainer.evaluate():.3f} {rate:.2f} steps/s",
+                f"step {trainer.step} loss {np.mean(losses[-50:]):.3f} right {trainer.evaluate():.3f} {rate:.2f}/s",
                 flush=True,
             )
             started = time.time()

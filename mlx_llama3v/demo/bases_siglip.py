@@ -175,7 +175,7 @@ class Trainer:
         write_siglip_tokenizer(Path(args.output), [*self.facts, "and"])
         self.tokenizer = AutoTokenizer.from_pretrained(args.output)
         tiny = config()
-        tiny.text_config.vocab_size = len(self.tokenizer)
+        tiny.text_config.vocab_size = len(self.tokenizer)  # type: ignore[union-attr]
         self.model = SiglipModel._from_config(tiny, attn_implementation="sdpa")
         with torch.no_grad():
             # A picture has up to thirty true statements, so its cosine with each is about 1/sqrt(30) at best.
@@ -205,7 +205,8 @@ class Trainer:
         self.work.mkdir(parents=True, exist_ok=True)
         temporary = self.work / "siglip.pt.tmp"
         torch.save(
-            {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}, temporary
+            {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step},
+            temporary,
         )
         temporary.replace(self.work / "siglip.pt")
 

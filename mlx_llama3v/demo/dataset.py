@@ -38,7 +38,11 @@ class DataSet:
 
 
 def draw(
-    directory: Path, count: int, exam_count: int, seed: int, progress: Callable[[int, int], None] | None = None
+    directory: Path,
+    count: int,
+    exam_count: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> DataSet:
     """Draw `count` training pictures and an exam of `exam_count` questions about others, seeded.
 

@@ -88,7 +88,7 @@ def sign_box(scene: Scene) -> Box:
     text = scene.prints[0]
     rng = Random(scene.seed ^ 0x51)
     size = rng.randint(13, 15)
-    left, top, right, bottom = _font(size).getbbox(text.text)
+    left, _, right, _ = _font(size).getbbox(text.text)
     w, h = right - left + 7, size + 3
     x, y = rng.uniform(1, 5), rng.uniform(1, 5)
     row, column = divmod(text.place, 2)

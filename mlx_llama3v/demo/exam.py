@@ -49,9 +49,7 @@ def encode_all(encoder: Encoder, paths: Sequence[Path], batch_size: int = 32) ->
     return [Encoded(layout, np.concatenate([next(encoded) for _ in layout.grids])) for layout, _ in prepared]
 
 
-def sit(
-    model: Llama3V, tokens: Tokens, split: Encoder, unsplit: Encoder, images: Path, exam: Sequence[Exam]
-) -> Result:
+def sit(model: Llama3V, tokens: Tokens, split: Encoder, unsplit: Encoder, images: Path, exam: Sequence[Exam]) -> Result:
     """Put every question three times: with its picture, with another's, and (small text) without splitting."""
     pictures = encode_all(split, [images / question.image for question in exam])
     answers = _ask(model, tokens, exam, pictures)

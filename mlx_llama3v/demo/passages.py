@@ -33,9 +33,7 @@ class Passage(NamedTuple):
 
 def notes(scene: Scene, rng: Random) -> str:
     """The scene as loose words: every item's words together, but in any order, repeated or padded at random."""
-    items: list[list[str]] = [
-        [thing.size, thing.colour, thing.shape, PLACES[thing.place]] for thing in scene.things
-    ]
+    items: list[list[str]] = [[thing.size, thing.colour, thing.shape, PLACES[thing.place]] for thing in scene.things]
     items += [[text.kind, text.text] + (["sign", "small"] if text.small else [text.colour]) for text in scene.prints]
     if scene.bars:
         items.append(["bars", *(bar.colour for bar in scene.bars)])
@@ -69,4 +67,4 @@ def passage(rng: Random) -> Passage:
     if roll < 0.4:
         return Passage((description, Piece(statements(scene, rng), True)), ())
     asked = scenes.questions(scene)
-    return Passage((description,), tuple(rng.sample(asked, min(len(asked), rng.randint(2, 7)))))
+    return Passage((description,), tuple(rng.sample(asked, min(len(asked), rng.randint(3, 9)))))

@@ -20,7 +20,8 @@ from mlx_llama3v.platform import machine
 from mlx_llama3v.stages import embed_data, load_encoder, train_stage
 from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.train.config import TrainConfig
-from mlx_llama3v.train.trainer import Progress, TrainResult
+from mlx_llama3v.train.report import Callbacks, Progress
+from mlx_llama3v.train.trainer import TrainResult
 from mlx_llama3v.weights import TINY
 from mlx_llama3v.weights.convert import convert
 
@@ -71,7 +72,11 @@ def run(output: Path, config: DemoConfig, report: Report) -> DemoResult:
     _clear(output)
     model, store = output / "model", output / "store"
     data = draw(
-        output / "data", config.images, config.questions, config.seed, lambda n, of: report("draw pictures", n, of, "")
+        output / "data",
+        config.images,
+        config.questions,
+        config.seed,
+        lambda n, of: report("draw pictures", n, of, ""),
     )
     convert(
         TINY / "siglip",
@@ -89,7 +94,12 @@ def run(output: Path, config: DemoConfig, report: Report) -> DemoResult:
         batch_size=32,
         progress=lambda p: report("embed", p.done, p.total, f"{p.slices:,} slices"),
     )
-    settings = {"batch_size": config.batch_size, "seed": config.seed, "save_every": 0, "steps_per_report": 10}
+    settings: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "save_every": 0,
+        "steps_per_report": 10,
+    }
     trained: dict[str, TrainResult] = {}
     for stage, records, epochs, rate in (
         ("pretrain", data.captions, config.pretrain_epochs, 3e-3),
@@ -102,7 +112,7 @@ def run(output: Path, config: DemoConfig, report: Report) -> DemoResult:
             output / stage,
             TrainConfig(stage=stage, epochs=epochs, learning_rate=rate, **settings),
             projector=output / "pretrain" if stage == "sft" else None,
-            progress=_training(report, stage),
+            callbacks=Callbacks(progress=_training(report, stage)),
         )
     report("exam", 0, len(data.exam), "")
     exam = _exam(model, output / "sft", data)

@@ -15,9 +15,12 @@ COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 SIZES = ("small", "large")
 PLACES = ("top left", "top right", "bottom left", "bottom right")  # index = 2 * row + column
 COUNTS = ("no", "one", "two", "three", "four")
-WORDS = tuple(
-    "BUS CAT DOG EGG FOX HAT INK JAM KEY MAP NUT OWL PEN RUG SUN TEA VAN ZIP BOOK FISH GOLD LAMP MOON TREE".split()
+# fmt: off
+WORDS = (
+    "BUS", "CAT", "DOG", "EGG", "FOX", "HAT", "INK", "JAM", "KEY", "MAP", "NUT", "OWL",
+    "PEN", "RUG", "SUN", "TEA", "VAN", "ZIP", "BOOK", "FISH", "GOLD", "LAMP", "MOON", "TREE",
 )
+# fmt: on
 KINDS = ("shapes", "print", "sign", "chart")
 SIDE = 64  # the tiny tower's native square; scene sizes are chosen against its area
 

@@ -210,9 +210,7 @@ def _take(name: str, prepared: _Prepared, writer: StoreWriter, run: _Run) -> Non
 
 def _encode(encoder: Encoder, writer: StoreWriter, batch_size: int, run: _Run) -> None:
     """Encode and store what is queued."""
-    slices = [
-        item for _, layout, patches in run.queue.values() for item in zip(layout.grids, patches, strict=True)
-    ]
+    slices = [item for _, layout, patches in run.queue.values() for item in zip(layout.grids, patches, strict=True)]
     found = iter(encoder.encode(slices, batch_size) if slices else [])
     for sha, (names, layout, _) in run.queue.items():
         values = np.concatenate([next(found) for _ in layout.grids])

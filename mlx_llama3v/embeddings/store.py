@@ -119,9 +119,7 @@ class Store:
     def _find(self, name: str) -> tuple[Shard, Entry]:
         if name not in self._names:
             reason = f" ({self.failures[name]})" if name in self.failures else ""
-            raise StoreError(
-                f"{self.path} has no embedding of {name!r}{reason}; run `embed` on its data first."
-            )
+            raise StoreError(f"{self.path} has no embedding of {name!r}{reason}; run `embed` on its data first.")
         return self._where[self._names[name]]
 
 
@@ -162,9 +160,7 @@ class StoreWriter:
 
     def _open(self) -> None:
         wanted = {"schema": SCHEMA, "fingerprint": self.fingerprint, "codec": self.codec.name}
-        if (self.path / MANIFEST).exists() or any(
-            _SHARD.fullmatch(item.name) for item in self.path.iterdir()
-        ):
+        if (self.path / MANIFEST).exists() or any(_SHARD.fullmatch(item.name) for item in self.path.iterdir()):
             _check_same(self.path, _read_manifest(self.path), wanted)
         else:
             write_atomic(self.path / MANIFEST, [json.dumps(wanted, indent=2).encode()])
@@ -207,9 +203,7 @@ class StoreWriter:
             if values.shape != expected:
                 raise StoreError(f"{name!r}: embeddings have shape {values.shape}, expected {expected}.")
             if not np.isfinite(values).all():
-                raise StoreError(
-                    f"{name!r}: the encoder gave values that are not finite; its weights are damaged."
-                )
+                raise StoreError(f"{name!r}: the encoder gave values that are not finite; its weights are damaged.")
             parts = self.codec.encode(values)
             self._width = width
             self._hashes.add(sha)
@@ -316,9 +310,7 @@ def _read_failures(path: Path) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, KeyError, OSError) as error:
-        raise StoreError(
-            f"{path / FAILURES} is damaged; delete it, it only lists unread pictures."
-        ) from error
+        raise StoreError(f"{path / FAILURES} is damaged; delete it, it only lists unread pictures.") from error
 
 
 def _check_same(path: Path, have: dict[str, Any], want: dict[str, Any]) -> None:
@@ -327,9 +319,7 @@ def _check_same(path: Path, have: dict[str, Any], want: dict[str, Any]) -> None:
     keys = [key for key in {**mine, **yours} if mine.get(key) != yours.get(key)]
     if keys:
         what = "; ".join(f"{key} is {mine.get(key)!r} there and {yours.get(key)!r} here" for key in keys)
-        raise StoreError(
-            f"{path} was made with other settings: {what}; use those, or another directory for these."
-        )
+        raise StoreError(f"{path} was made with other settings: {what}; use those, or another directory for these.")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -338,9 +328,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         name = f"{prefix}{key}"
         found.update(
-            _flat(value, f"{name}.".removeprefix("fingerprint."))
-            if isinstance(value, dict)
-            else {name: value}
+            _flat(value, f"{name}.".removeprefix("fingerprint.")) if isinstance(value, dict) else {name: value}
         )
     return found
 

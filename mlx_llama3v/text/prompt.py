@@ -186,9 +186,7 @@ def _render_caption(row: _Row, messages: Sequence[Message]) -> None:
             row.add([*row.tokens.encode(message.text.strip()), row.tokens.end_of_text], supervised=True)
 
 
-def _check(
-    messages: Sequence[Message], layouts: Sequence[SliceLayout], *, generate: bool, caption: bool
-) -> None:
+def _check(messages: Sequence[Message], layouts: Sequence[SliceLayout], *, generate: bool, caption: bool) -> None:
     """Raise for messages that make no row; see `render`."""
     if not messages:
         raise DataError("the conversation has no message.")

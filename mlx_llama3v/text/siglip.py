@@ -22,12 +22,8 @@ class SiglipTokenizer:
         from transformers import AutoTokenizer
 
         directory, self.length = Path(directory), length
-        if not any(
-            (directory / name).is_file() for name in ("tokenizer.json", "spiece.model", "tokenizer.model")
-        ):
-            raise CheckpointError(
-                f"{directory} has no SigLIP tokenizer; expected tokenizer.json or spiece.model."
-            )
+        if not any((directory / name).is_file() for name in ("tokenizer.json", "spiece.model", "tokenizer.model")):
+            raise CheckpointError(f"{directory} has no SigLIP tokenizer; expected tokenizer.json or spiece.model.")
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:

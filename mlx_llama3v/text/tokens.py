@@ -57,9 +57,7 @@ class Tokens:
     Attributes: `bos`, `eot`, `end_of_text`; `marker_ids` in MARKERS order; `stop`, what ends an answer.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, marker_ids: Sequence[int] = (), eos_token_ids: Iterable[int] = ()
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, marker_ids: Sequence[int] = (), eos_token_ids: Iterable[int] = ()) -> None:
         """Wrap `tokenizer`. Raises CheckpointError for one that lacks Llama-3's control tokens."""
         names = (BOS, END_OF_TEXT, EOT, START_HEADER, END_HEADER)
         found = {name: tokenizer.token_to_id(name) for name in names}
@@ -72,16 +70,12 @@ class Tokens:
         self.bos, self.end_of_text, self.eot, self._start_header, self._end_header = ids
         self.marker_ids = tuple(marker_ids) or reserved_marker_ids(tokenizer)
         if len(set(self.marker_ids)) != len(MARKERS):
-            raise CheckpointError(
-                f"marker_ids is {list(self.marker_ids)}; expected {len(MARKERS)} different ids."
-            )
+            raise CheckpointError(f"marker_ids is {list(self.marker_ids)}; expected {len(MARKERS)} different ids.")
         self.stop = frozenset(eos_token_ids) | {self.eot, self.end_of_text}
         self._refuse_injection(ids)
 
     @classmethod
-    def load(
-        cls, directory: Path | str, marker_ids: Sequence[int] = (), eos_token_ids: Iterable[int] = ()
-    ) -> Tokens:
+    def load(cls, directory: Path | str, marker_ids: Sequence[int] = (), eos_token_ids: Iterable[int] = ()) -> Tokens:
         """The tokenizer of a model directory; `marker_ids` default to the top of the reserved range."""
         return cls(load_tokenizer(directory), marker_ids, eos_token_ids)
 
@@ -92,9 +86,7 @@ class Tokens:
             if name is None:
                 raise CheckpointError(f"the tokenizer has no token {token_id}, which marker_ids names.")
             if token_id in self.encode(name):
-                raise CheckpointError(
-                    f"tokenizer.json lists {name!r} as ordinary text; expected a special token."
-                )
+                raise CheckpointError(f"tokenizer.json lists {name!r} as ordinary text; expected a special token.")
 
     @property
     def size(self) -> int:

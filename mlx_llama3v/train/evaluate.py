@@ -1,7 +1,7 @@
 """Loss on held-out rows, and the probe that tells a model that looks from one that guesses.
 
-The same rows are scored with their own pictures, with each other's, and with none. A loss that hardly rises means
-that the pictures are not used, however well it falls.
+The same rows are scored with their own pictures, with each other's, and with none. A loss that hardly rises
+means that the pictures are not used, however well it falls.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Evaluator:
             loss = loss_sum(self._model, batch.ids, vectors, batch.targets, batch.supervised, batch.picks)
             targets = weights(batch.supervised, batch.picks).sum()
             mx.eval(loss, targets)
-            total, count = total + loss.item(), count + targets.item()
+            total, count = total + float(loss), count + float(targets)
         return total / count if count else None
 
 

@@ -12,72 +12,76 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_llama3v.compat import DoRALinear, LoRALinear, linear_to_lora_layers
 from mlx_llama3v.errors import RunError
 from mlx_llama3v.model import Llama3V
+from mlx_llama3v.tensors import parameters
 from mlx_llama3v.train.config import STAGES, TrainConfig
 
 
 @dataclass(frozen=True)
 class Trainable:
-    """The parameters that learn, by name, and how many numbers they and the whole model hold."""
+    """The parameters that learn.
+
+    Attributes:
+        shapes: of every tensor that learns, by its name in the model.
+        count, total: numbers that learn, and numbers in all.
+        adapter_config: what `adapter_config.json` says, as for mlx-lm; None where the projector learns.
+    """
 
     shapes: dict[str, tuple[int, ...]]
     count: int
     total: int
+    adapter_config: dict[str, Any] | None
 
 
 def prepare(model: Llama3V, config: TrainConfig) -> Trainable:
     """Freeze `model` but for what `config` trains, adding LoRA or DoRA layers to the decoder where asked.
 
     What learns becomes float32, so that AdamW's states and small updates are exact. Fresh layers draw from
-    `mx.random`. Raises RunError for adapters on adapters, full tuning of quantized weights, unknown layer keys.
+    `mx.random`. Raises RunError for adapters on adapters, full tuning of quantized weights, unknown keys.
     """
     model.freeze()
+    adapters = None
     if STAGES[config.stage].trains == "projector":
         model.projector.unfreeze()
     elif config.tune == "full":
         if any(isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)) for module in model.modules()):
             raise RunError("tune is 'full', but the decoder is quantized; use 'lora', or convert without -q.")
         model.language_model.unfreeze()
+        adapters = {"fine_tune_type": "full", "num_layers": len(model.layers)}
     else:
-        _add_layers(model, config)
+        adapters = _add_layers(model, config)
     model.update(tree_map(lambda value: value.astype(mx.float32), model.trainable_parameters()))
     learns = dict(tree_flatten(model.trainable_parameters()))
     return Trainable(
         shapes={name: tuple(value.shape) for name, value in learns.items()},
         count=sum(value.size for value in learns.values()),
-        total=sum(value.size for _, value in tree_flatten(model.parameters())),
+        total=sum(value.size for value in parameters(model).values()),
+        adapter_config=adapters,
     )
 
 
-def _add_layers(model: Llama3V, config: TrainConfig) -> None:
+def _add_layers(model: Llama3V, config: TrainConfig) -> dict[str, Any]:
+    """Wrap the decoder's linear layers; what `adapter_config.json` says of it."""
     if any(isinstance(module, (LoRALinear, DoRALinear)) for module in model.modules()):
         raise RunError("the model has LoRA layers already; fuse the run that brought them, then train on.")
-    parameters = {**config.lora_parameters(), "keys": _keys(model, config)}
-    linear_to_lora_layers(model.language_model, _layers(model, config), parameters, use_dora=config.tune == "dora")
+    layers = min(config.lora_layers or len(model.layers), len(model.layers))
+    lora = {
+        "rank": config.lora_rank,
+        "scale": config.lora_scale,
+        "dropout": config.lora_dropout,
+        "keys": _keys(model.layers[-1], config.lora_keys),
+    }
+    linear_to_lora_layers(model.language_model, layers, lora, use_dora=config.tune == "dora")
+    return {"fine_tune_type": config.tune, "num_layers": layers, "lora_parameters": lora}
 
 
-def _layers(model: Llama3V, config: TrainConfig) -> int:
-    return min(config.lora_layers or len(model.layers), len(model.layers))
-
-
-def _keys(model: Llama3V, config: TrainConfig) -> list[str]:
-    """Names within a block of the layers to adapt: all linear ones, or those that end in a wanted key."""
-    linear = [
-        name
-        for name, module in model.layers[-1].named_modules()
-        if isinstance(module, (nn.Linear, nn.QuantizedLinear, LoRALinear, DoRALinear))
-        and not name.endswith(".linear")
-    ]
-    for key in config.lora_keys:
-        if not any(f".{name}".endswith(f".{key}") for name in linear):
-            raise RunError(f"lora_keys names {key!r}; a block of this decoder has {', '.join(sorted(linear))}.")
-    wanted = tuple(f".{key}" for key in config.lora_keys) or (".",) 
-    return sorted(name for name in linear if not config.lora_keys or f".{name}".endswith(wanted))
-
-
-def adapter_config(model: Llama3V, config: TrainConfig) -> dict[str, Any]:
-    """Contents of `adapter_config.json`, as mlx-lm reads it."""
-    lora = {**config.lora_parameters(), "keys": _keys(model, config)}
-    return {"fine_tune_type": config.tune, "num_layers": _layers(model, config), "lora_parameters": lora}
+def _keys(block: nn.Module, wanted: tuple[str, ...]) -> list[str]:
+    """Names within a block of the layers to adapt: all linear ones, or those that end in a wanted name."""
+    kinds = (nn.Linear, nn.QuantizedLinear)
+    linear = sorted(name for name, module in block.named_modules() if isinstance(module, kinds))
+    found = {key: [name for name in linear if f".{name}".endswith(f".{key}")] for key in wanted}
+    if unknown := [key for key, names in found.items() if not names]:
+        raise RunError(f"lora_keys names {', '.join(unknown)}; a block has {', '.join(linear)}.")
+    return sorted({name for names in found.values() for name in names}) if wanted else linear
 
 
 def adapter_weights(model: Llama3V) -> dict[str, mx.array]:

@@ -1,8 +1,8 @@
 """Cross entropy as a sum and a count, over the supervised positions only.
 
-Only positions that have a target reach the head: for 1024 positions of which 128 are answers, and Llama-3's
-128256 tokens, that is 66 MB of float32 logits in place of 525. The collator picks them (`Batch.picks`), padded to
-one of few sizes so that a step compiles; what was padded weighs nothing.
+Only positions that have a target reach the head: for 1024 positions with 128 answer tokens, and Llama-3's
+128256 ids, that is 66 MB of float32 logits in place of 525. The collator picks them (`Batch.picks`), padded
+to one of few sizes so that a step compiles; what was padded weighs nothing.
 
 A sum is returned, never a mean: micro-batches add up, and one division at the end gives every token the same
 weight, wherever it stood.
@@ -21,8 +21,8 @@ def loss_sum(
 ) -> mx.array:
     """Summed cross entropy (nats) of the supervised positions of one batch, a float32 scalar.
 
-    ids, targets [B, L] int32, supervised [B, L] bool and picks [N] int32 are a Batch's; vectors [B, L, D] stand for
-    the ids in the decoder.
+    ids, targets [B, L] int32, supervised [B, L] bool and picks [N] int32 are a Batch's; vectors [B, L, D]
+    stand for the ids in the decoder.
     """
     states = model.hidden(ids, input_embeddings=vectors)
     logits = model.logits(_pick(states.reshape(-1, states.shape[-1]), picks))

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW in float32, a schedule that is a pure function of the step, clipping by the global norm."""
+"""AdamW in float32, a learning rate that is a pure function of the step, clipping by the global norm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten, tree_map
 def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.0, floor: float = 0.0) -> float:
     """Learning rate of `step` (from 0) of `steps`: a linear rise over the share `warmup`, then a cosine.
 
-    The first step already learns, the last step of the rise reaches `peak`, and the cosine ends at `floor` * `peak`.
+    The first step learns already, the last of the rise reaches `peak`, the cosine ends at `floor` * `peak`.
     """
     rise = math.ceil(warmup * steps)
     if step < rise:
@@ -32,7 +32,7 @@ def mean_and_clip(gradients: Any, count: mx.array, limit: float) -> tuple[Any, m
 
     One factor does both, so that the gradients are read once. `limit` 0 leaves the norm as it is.
     """
-    squares = [mx.square(g).sum() for _, g in tree_flatten(gradients)]
+    squares = [mx.square(g).sum() for g in dict(tree_flatten(gradients)).values()]
     norm = mx.sqrt(mx.stack(squares).sum()) / count
     factor = 1 / count
     if limit > 0:

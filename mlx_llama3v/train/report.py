@@ -8,10 +8,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_llama3v.data.batches import Batch
 from mlx_llama3v.data.records import Problem
 from mlx_llama3v.train.lora import Trainable
 
 METRICS = "metrics.jsonl"
+_CURVES = {
+    "loss": "training",
+    "eval_loss": "held out",
+    "eval_shuffled": "wrong pictures",
+    "eval_blind": "no pictures",
+}
 
 
 @dataclass(frozen=True)
@@ -81,10 +88,24 @@ class Window:
     seconds: float = 0.0  # of this stretch
     before: float = 0.0  # seconds of the run before it
 
-    def close(self, step: int, steps: int, epoch: float, learning_rate: float) -> Progress:
-        """The report of this stretch; the sums begin anew."""
+    def see(self, batch: Batch) -> None:
+        """Count the rows of a batch."""
+        self.rows += len(batch.lengths)
+        self.positions += sum(batch.lengths)
+        self.padded += batch.ids.size
+
+    def add(self, loss: float, tokens: float, norm: float, seconds: float) -> None:
+        """Count a step: its summed loss over so many targets."""
+        self.loss += loss
+        self.tokens += tokens
+        self.norm += norm
+        self.seconds += seconds
+        self.steps += 1
+
+    def report(self, step: int, steps: int, epoch: float, learning_rate: float) -> Progress:
+        """The report of this stretch, which ends at `step` of `steps`."""
         seconds = max(self.seconds, 1e-9)
-        report = Progress(
+        return Progress(
             step=step,
             steps=steps,
             epoch=round(epoch, 4),
@@ -97,8 +118,6 @@ class Window:
             padding=1 - self.positions / max(self.padded, 1),
             seconds=self.before + self.seconds,
         )
-        self.__init__(before=report.seconds)  # type: ignore[misc]
-        return report
 
 
 @dataclass
@@ -139,7 +158,12 @@ def plot(metrics: Metrics, path: Path, title: str) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    names = {"loss": "training", "eval_loss": "held out", "eval_shuffled": "wrong pictures", "eval_blind": "no pictures"}
+    names = {
+        "loss": "training",
+        "eval_loss": "held out",
+        "eval_shuffled": "wrong pictures",
+        "eval_blind": "no pictures",
+    }
     for key, label in names.items():
         points = [(line["step"], line[key]) for line in metrics.lines if key in line]
         if points:

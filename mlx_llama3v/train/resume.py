@@ -1,9 +1,9 @@
 """Checkpoints of a run: complete or absent, rotated, and enough to go on to the same bytes.
 
 `checkpoints/step-NNNNNNN/` holds what learns (`weights.safetensors`), AdamW's state and the random state
-(`optimizer.safetensors`), and `state.json`: the step, which with the seed is also the position in the data, the
-settings and a digest of the data, so that a run cannot go on with others by mistake. A checkpoint is built under a
-hidden name, synced and renamed; it is renamed back before it is deleted. So a kill leaves no half of one.
+(`optimizer.safetensors`), and `state.json`: the step, which with the seed is the position in the data, and
+the settings, so that a run cannot go on with others by mistake. A checkpoint is built under a hidden name,
+synced and renamed; it is renamed back before it is deleted. So a kill leaves no half of one.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ def save(run_dir: Path, state: State, model: nn.Module, optimizer: Optimizer, ke
     final = folder / f"step-{state.step:07d}"
     partial = folder / f".{final.name}.partial"
     partial.mkdir()
-    tensors = {f"optimizer.{name}": value for name, value in tree_flatten(optimizer.state)}
-    save_safetensors_atomic(partial / OPTIMIZER, {**tensors, _RANDOM: mx.random.state[0]})
+    save_safetensors_atomic(partial / OPTIMIZER, {**_tensors(optimizer), _RANDOM: _random_state()[0]})
     save_safetensors_atomic(partial / WEIGHTS, dict(tree_flatten(model.trainable_parameters())))
     write_text(partial / STATE, json.dumps(asdict(state), indent=2) + "\n")
     sync(partial)
@@ -66,14 +65,14 @@ def save(run_dir: Path, state: State, model: nn.Module, optimizer: Optimizer, ke
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first. Raises RunError naming one that lacks a file (not of our making)."""
+    """Complete checkpoints, oldest first. Raises RunError naming one that lacks a file."""
     folder = run_dir / CHECKPOINTS
     names = sorted(folder.iterdir(), key=lambda path: path.name) if folder.is_dir() else []
     found = sorted((path for path in names if _NAME.fullmatch(path.name)), key=_step)
     for path in found:
         missing = [name for name in (WEIGHTS, OPTIMIZER, STATE) if not (path / name).is_file()]
         if missing:
-            raise RunError(f"{path} is incomplete: it has no {', '.join(missing)}; delete it to go on without it.")
+            raise RunError(f"{path} is incomplete: it has no {', '.join(missing)}; delete it to go on.")
     return found
 
 
@@ -92,23 +91,30 @@ def require_same(checkpoint: Path, have: Mapping[str, Any], want: Mapping[str, A
     differ = [key for key in {**have, **want} if have.get(key) != want.get(key)]
     if differ:
         what = "; ".join(f"{key} was {have.get(key)!r} and is {want.get(key)!r} now" for key in differ)
-        raise RunError(f"{checkpoint} was made with other settings: {what}; resume with those, or start a new run.")
+        raise RunError(f"{checkpoint} was made with other settings: {what}; resume with those, or start anew.")
 
 
 def restore(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Set weights, optimizer state and random state from a checkpoint. Raises RunError where they do not fit."""
+    """Set weights, optimizer and random state from a checkpoint. Raises RunError where they do not fit."""
     weights, tensors = load_file(checkpoint / WEIGHTS), load_file(checkpoint / OPTIMIZER)
     random = tensors.pop(_RANDOM, None)
-    wanted = {f"optimizer.{name}": value for name, value in tree_flatten(optimizer.state)}
     phrases = mismatches(dict(tree_flatten(model.trainable_parameters())), weights)
-    phrases += mismatches(wanted, tensors) + ([] if random is not None else [f"missing {_RANDOM}"])
-    if phrases:
+    phrases += mismatches(_tensors(optimizer), tensors)
+    if phrases or random is None:
         raise RunError(f"{checkpoint} does not fit this model: {'; '.join(phrases)}.")
     model.load_weights(list(weights.items()), strict=False)
     optimizer.state = tree_map_with_path(lambda name, _: tensors[f"optimizer.{name}"], optimizer.state)
     optimizer.init(model.trainable_parameters())
-    mx.random.state[0] = random
+    _random_state()[0] = random
     mx.eval(model.parameters(), optimizer.state, random)
+
+
+def _tensors(optimizer: Optimizer) -> dict[str, mx.array]:
+    return {f"optimizer.{name}": value for name, value in dict(tree_flatten(optimizer.state)).items()}
+
+
+def _random_state() -> list[mx.array]:
+    return mx.random.state  # type: ignore[return-value]
 
 
 def _step(path: Path) -> int:

@@ -20,7 +20,7 @@ class Step:
     def __init__(self, model: Llama3V, optimizer: Optimizer, clip: float = 0.0, compiled: bool = True) -> None:
         """`clip`: the largest global norm, 0 for none. The optimizer must be initialised."""
         self._model, self._optimizer, self._clip = model, optimizer, clip
-        names = [name for name, _ in tree_flatten(model.trainable_parameters())]
+        names = dict(tree_flatten(model.trainable_parameters()))
         self._inputs_learn = any(n.startswith("projector.") or "embed_tokens" in n for n in names)
         self._gradients, self._apply = self._sum_gradients, self._update
         if compiled:
@@ -33,7 +33,7 @@ class Step:
         return self._gradients(*arrays(batch))
 
     def update(self, gradients: Any, count: mx.array, learning_rate: float) -> mx.array:
-        """One optimizer step with gradients summed over `count` targets; their norm before clipping (lazy)."""
+        """One optimizer step with gradients summed over `count` targets; the norm of their mean (lazy)."""
         self._optimizer.learning_rate = learning_rate  # type: ignore[assignment]
         return self._apply(gradients, count)
 

@@ -44,9 +44,7 @@ def plan(width: int, height: int, vision: VisionConfig, tiling: TilingConfig) ->
     count = min(-(-width * height // vision.image_size**2), tiling.max_slices)
     if count <= 1:
         return Plan(SliceLayout(overview), _pixels(overview, patch))
-    rows, cols = min(
-        _splits(count, tiling.max_slices), key=lambda grid: _mismatch(width, height, grid[1], grid[0])
-    )
+    rows, cols = min(_splits(count, tiling.max_slices), key=lambda grid: _mismatch(width, height, grid[1], grid[0]))
     tile = _fit(width * rows, height * cols, cap)  # the shape of (width / cols) x (height / rows)
     layout = SliceLayout(overview, rows, cols, tile)
     return Plan(layout, _pixels(overview, patch), _pixels(tile, patch))

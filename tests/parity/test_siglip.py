@@ -226,9 +226,7 @@ def test_padded_batch_equals_one_by_one(checkpoint: Path) -> None:
     single = [inputs(tower, pictures(1, h * 8, w * 8, seed=h)) for h, w in grids]
     # Padding holds large numbers, not zeros: a leak would show.
     margins = [[(0, 0), (0, 16 - h * w), (0, 0)] for h, w in grids]
-    patches = mx.concatenate(
-        [mx.pad(p, m, constant_values=50.0) for (p, _), m in zip(single, margins, strict=True)]
-    )
+    patches = mx.concatenate([mx.pad(p, m, constant_values=50.0) for (p, _), m in zip(single, margins, strict=True)])
     positions = mx.concatenate([mx.pad(t, m) for (_, t), m in zip(single, margins, strict=True)])
     lengths = mx.array([h * w for h, w in grids])
     mask = mx.arange(16)[None] < lengths[:, None]

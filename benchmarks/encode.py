@@ -1,0 +1,282 @@
+"""SigLIP encode rate on this machine: ours, mlx-vlm and transformers, beside the matrix-product ceiling.
+
+    python benchmarks/encode.py [--size base|so400m] [--batch N] [--rounds N] [--output FILE]
+
+The same random weights and pictures, float32, from pixels in memory to hidden states in memory. Every peer
+runs in a process of its own (the BLAS that MLX gets here would also interpose on PyTorch's), they take turns,
+and medians are compared. Outputs must agree before anything is timed. The ceiling is the time of the tower's
+own matrix products alone, at its own shapes, with the same BLAS: nothing exact can take less. mlx-vlm gets
+the BLAS that `mlx_llama3v` loads; of its towers gemma3's is taken, since paligemma's drops all but the first
+picture of a batch and llava's computes another activation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_llama3v.config import ImageConfig, TilingConfig, VisionConfig
+
+SIZES = {
+    "base": VisionConfig(),
+    "so400m": VisionConfig(1152, 4304, 27, 16, image_size=384, patch_size=14),
+}
+PEERS = ("ours", "mlx-vlm", "transformers")
+Run = Callable[[], np.ndarray]
+
+
+def pictures(config: VisionConfig, batch: int) -> np.ndarray:
+    shape = (batch, config.image_size, config.image_size, 3)
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def ours(weights: Path, config: VisionConfig, pixels: np.ndarray) -> Run:
+    import mlx.core as mx
+
+    from mlx_llama3v.vision.encode import Encoder, patchify
+    from mlx_llama3v.vision.siglip import VisionTower, tower_weights
+
+    tower = VisionTower(config)
+    tower.load_weights(list(tower_weights(mx.load(str(weights))).items()), strict=True)
+    encoder = Encoder(tower, config, ImageConfig(), TilingConfig("squash"))
+    grid = (config.grid, config.grid)
+
+    def run() -> np.ndarray:
+        slices = [(grid, patchify(picture, config.patch_size)) for picture in pixels]
+        return np.stack(encoder.encode(slices, len(slices)))
+
+    return run
+
+
+def mlx_vlm(weights: Path, config: VisionConfig, pixels: np.ndarray) -> Run:
+    import mlx.core as mx
+    from mlx_vlm.models.gemma3.config import VisionConfig as Gemma3VisionConfig
+    from mlx_vlm.models.gemma3.vision import VisionModel
+
+    known = {k: v for k, v in asdict(config).items() if k in Gemma3VisionConfig.__dataclass_fields__}
+    model = VisionModel(Gemma3VisionConfig(**{**known, "model_type": "siglip_vision_model"}))
+    loaded = {f"vision_model.{k}": v for k, v in mx.load(str(weights)).items() if not k.startswith("head.")}
+    model.load_weights(list(model.sanitize(loaded).items()), strict=True)
+    return lambda: np.array(model(mx.array(pixels), output_hidden_states=True)[2][-1])
+
+
+def transformers(weights: Path, config: VisionConfig, pixels: np.ndarray) -> Run:
+    import torch
+    from transformers import SiglipVisionModel
+
+    model = SiglipVisionModel.from_pretrained(weights.parent, dtype=torch.float32, attn_implementation="sdpa").eval()
+    images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+
+    def run() -> np.ndarray:
+        with torch.inference_mode():
+            return model(images, output_hidden_states=True).hidden_states[-1].numpy()
+
+    return run
+
+
+def products(config: VisionConfig, batch: int) -> list[tuple[int, int, tuple[int, int, int]]]:
+    """The tower's matrix products: (how often, in groups of, (rows, inner, columns))."""
+    P, D, I, L = config.grid**2, config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    rows, heads, head = batch * P, config.num_attention_heads, D // config.num_attention_heads
+    return [
+        (1, 1, (rows, 3 * config.patch_size**2, D)),
+        (4 * L, 1, (rows, D, D)),
+        (L, 1, (rows, D, I)),
+        (L, 1, (rows, I, D)),
+        (L, batch * heads, (P, head, P)),
+        (L, batch * heads, (P, P, head)),
+    ]
+
+
+def flops(config: VisionConfig, batch: int) -> float:
+    return sum(2.0 * n * groups * a * b * c for n, groups, (a, b, c) in products(config, batch))
+
+
+def ceiling(config: VisionConfig, batch: int) -> Callable[[], float]:
+    """Seconds of all products of one forward pass; each shape is timed once and multiplied."""
+    import mlx.core as mx
+
+    operands = []
+    for count, groups, (a, b, c) in products(config, batch):
+        x, w = mx.random.normal((groups, a, b)), mx.random.normal((c, b))
+        if groups > 1:
+            w = mx.random.normal((groups, c, b))
+        else:
+            x = x[0]
+        mx.eval(x, w)
+        operands.append((count, x, w))
+
+    def run() -> float:
+        total = 0.0
+        for count, x, w in operands:
+            start = time.perf_counter()
+            mx.eval(x @ mx.swapaxes(w, -1, -2))
+            total += count * (time.perf_counter() - start)
+        return total
+
+    return run
+
+
+def make(directory: Path, config: VisionConfig) -> None:
+    """A random checkpoint as transformers writes it."""
+    import torch
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    torch.manual_seed(0)
+    SiglipVisionModel(SiglipVisionConfig(**asdict(config))).save_pretrained(directory)
+
+
+def work(role: str, directory: Path, config: VisionConfig, batch: int) -> None:
+    """A peer's process: load, run once, then one timed run for each line on stdin."""
+    channel, sys.stdout = sys.stdout, sys.stderr  # libraries may print; the channel carries JSON only
+
+    def say(**values: Any) -> None:
+        print(json.dumps(values), file=channel, flush=True)
+
+    if role == "make":
+        make(directory, config)
+        return say(ready=True)
+    if role == "ceiling":
+        timed = ceiling(config, batch)
+        timed()
+    else:
+        try:
+            load = {"ours": ours, "mlx-vlm": mlx_vlm, "transformers": transformers}[role]
+            run = load(directory / "model.safetensors", config, pictures(config, batch))
+        except ImportError as error:
+            return say(absent=str(error))
+        np.save(directory / f"{role}.npy", run())
+
+        def timed() -> float:
+            start = time.perf_counter()
+            run()
+            return time.perf_counter() - start
+
+    say(ready=True)
+    for _ in sys.stdin:
+        say(seconds=timed())
+
+
+class Peer:
+    """The parent's end of a peer's process."""
+
+    def __init__(self, role: str, directory: Path, size: str, batch: int):
+        command = [sys.executable, __file__, "--role", role, "--directory", str(directory)]
+        command += ["--size", size, "--batch", str(batch)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.role, self.first = role, self.hear()
+
+    def hear(self) -> dict[str, Any]:
+        line = self.process.stdout.readline() if self.process.stdout else ""
+        if not line:
+            raise SystemExit(f"the process of {self.role!r} ended without an answer; see its output above.")
+        return json.loads(line)
+
+    def time(self) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return float(self.hear()["seconds"])
+
+    def close(self) -> None:
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self.process.wait()
+
+
+def start(directory: Path, size: str, batch: int) -> dict[str, Peer]:
+    """All peers that are installed, their outputs compared."""
+    Peer("make", directory, size, batch).close()
+    peers = {}
+    for role in (*PEERS, "ceiling"):
+        peer = Peer(role, directory, size, batch)
+        if "absent" in peer.first:
+            print(f"{role}: skipped, it is not installed ({peer.first['absent']})")
+            peer.close()
+        else:
+            peers[role] = peer
+    reference = np.load(directory / "ours.npy")
+    for role in PEERS[1:]:
+        if role in peers:
+            gap = float(np.abs(np.load(directory / f"{role}.npy") - reference).max())
+            print(f"ours and {role} differ by at most {gap:.1e} (values up to {np.abs(reference).max():.1f})")
+            if not gap < 1e-3 * np.abs(reference).max():
+                raise SystemExit(f"{role} computes something else; its time would say nothing.")
+    return peers
+
+
+def measure(size: str, batch: int, rounds: int) -> dict[str, Any]:
+    config = SIZES[size]
+    with tempfile.TemporaryDirectory() as directory:
+        peers = start(Path(directory), size, batch)
+        seconds: dict[str, list[float]] = {role: [] for role in peers}
+        for _ in range(rounds):
+            for role, peer in peers.items():
+                seconds[role].append(peer.time())
+        for peer in peers.values():
+            peer.close()
+    return {
+        "size": size,
+        "batch": batch,
+        "rounds": rounds,
+        "gflop_per_slice": flops(config, batch) / batch / 1e9,
+        "load_average": os.getloadavg(),
+        "seconds": seconds,
+        "median_seconds": {role: statistics.median(times) for role, times in seconds.items()},
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    median, work_done = found["median_seconds"], found["gflop_per_slice"] * found["batch"]
+    load = found["load_average"][0]
+    print(f"{found['size']}, batch {found['batch']}, medians of {found['rounds']} rounds, load average {load:.1f}")
+    print(f"{'':14}{'slices/s':>10}{'GFLOP/s':>10}{'of ceiling':>12}{'ours is':>10}{'min..max s':>16}")
+    for role, seconds in median.items():
+        times = found["seconds"][role]
+        row = f"{role:14}{found['batch'] / seconds:10.2f}{work_done / seconds:10.1f}"
+        row += f"{median['ceiling'] / seconds:12.0%}{seconds / median['ours']:9.2f}x"
+        print(row + f"{min(times):9.2f}..{max(times):.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--size", choices=SIZES, default="base")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", type=Path, help="write everything measured here, as JSON")
+    parser.add_argument("--role", help=argparse.SUPPRESS)
+    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.role:
+        return work(args.role, args.directory, SIZES[args.size], args.batch)
+    from importlib.metadata import PackageNotFoundError, version
+
+    from mlx_llama3v.platform import machine
+
+    found = {"machine": machine(), **measure(args.size, args.batch, args.rounds)}
+    for name in ("mlx-vlm", "transformers", "torch"):
+        try:
+            found["machine"][name] = version(name)
+        except PackageNotFoundError:
+            found["machine"][name] = "absent"
+    print(", ".join(f"{key} {value}" for key, value in found["machine"].items()))
+    show(found)
+    if args.output:
+        args.output.write_text(json.dumps(found, indent=2) + "\n")
+        print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The batches of a run, in order, read ahead of the step that needs them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from mlx_llama3v.config import ModelConfig
+from mlx_llama3v.data.batches import Batch, Row, collate, order
+from mlx_llama3v.embeddings.store import Store
+from mlx_llama3v.train.config import TrainConfig
+
+_AHEAD = 2  # batches that are read while a step computes
+
+
+class Feed:
+    """Batch n of a run is a pure function of the rows, the seed and n; so a position in the data is a number.
+
+    Attributes:
+        steps: optimizer steps of the whole run.
+        total: batches of the whole run.
+        per_epoch: batches of one pass over the rows.
+    """
+
+    def __init__(self, rows: Sequence[Row], store: Store, model: ModelConfig, config: TrainConfig) -> None:
+        self._rows, self._store, self._model, self._config = rows, store, model, config
+        self._accumulate = config.grad_accumulation_steps
+        self.per_epoch = -(-len(rows) // config.batch_size)
+        self.total = config.iters * self._accumulate or config.epochs * self.per_epoch
+        self.steps = -(-self.total // self._accumulate)
+        self._epoch, self._batches = -1, list[list[int]]()
+
+    def first(self, step: int) -> int:
+        """The first batch of `step`; the last step may have fewer batches than the others."""
+        return min(step * self._accumulate, self.total)
+
+    def batches(self, step: int) -> Generator[Batch, None, None]:
+        """All batches from `step` on. Close it when done: a thread reads ahead. Raises StoreError."""
+        waiting: deque[Future[Batch]] = deque()
+        pool = ThreadPoolExecutor(1, "batches")
+        try:
+            for number in range(self.first(step), self.total):
+                waiting.append(pool.submit(collate, self._pick(number), self._store, self._model))
+                if len(waiting) > _AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _pick(self, number: int) -> list[Row]:
+        epoch, place = divmod(number, self.per_epoch)
+        if epoch != self._epoch:
+            lengths = [len(row) for row in self._rows]
+            self._batches = order(lengths, self._config.batch_size, self._config.seed, epoch)
+            self._epoch = epoch
+        return [self._rows[i] for i in self._batches[place]]

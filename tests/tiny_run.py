@@ -1,0 +1,87 @@
+"""A training run of seconds: random pictures in a store, a tiny model, records whose answers name the picture.
+
+`python -m tests.tiny_run RUN_DIR STORE STAGE` trains in a process of its own, so that it can be killed.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_llama3v.config import Encoded
+from mlx_llama3v.data.records import Record
+from mlx_llama3v.embeddings.store import Store, StoreWriter
+from mlx_llama3v.text.prompt import Message
+from mlx_llama3v.train.config import TrainConfig
+from mlx_llama3v.train.trainer import TrainResult, train
+from tests.tiny_model import D_VISION, PLAIN, SPLIT, tiny_model, tiny_tokens
+
+PICTURES = 6
+NAMES = ("red", "green", "a blue one", "white", "black circle", "grey")
+
+
+def make_store(path: Path) -> Store:
+    """Six pictures that differ, one of them split."""
+    with StoreWriter(path, {"weights": "random"}) as writer:
+        for n in range(PICTURES):
+            layout = SPLIT if n == 3 else PLAIN
+            values = np.random.default_rng(n).standard_normal((layout.patches, D_VISION))
+            writer.add(f"{n}.png", str(n), Encoded(layout, values.astype(np.float32)))
+    return Store(path)
+
+
+def captions(count: int = 24) -> list[Record]:
+    """Bare captions."""
+    return [
+        Record(
+            f"row-{i}",
+            (f"{i % PICTURES}.png",),
+            (Message("user", "", (0,)), Message("assistant", NAMES[i % PICTURES])),
+        )
+        for i in range(count)
+    ]
+
+
+def chats(count: int = 24) -> list[Record]:
+    """Two turns about a picture, answers of different lengths."""
+    return [
+        Record(
+            f"row-{i}",
+            (f"{i % PICTURES}.png",),
+            (
+                Message("user", "What?", (0,)),
+                Message("assistant", NAMES[i % PICTURES]),
+                Message("user", "Sure?" * (1 + i % 3)),
+                Message("assistant", "yes, quite sure" if i % 2 else "no"),
+            ),
+        )
+        for i in range(count)
+    ]
+
+
+def settings(stage: str = "pretrain", **over: Any) -> TrainConfig:
+    """Small steps of a small model; not compiled, which takes a C++ compiler seconds."""
+    values = {
+        "iters": 6,
+        "batch_size": 4,
+        "save_every": 2,
+        "steps_per_report": 2,
+        "compile": False,
+        "lora_rank": 4,
+    }
+    return TrainConfig(stage=stage, **{**values, **over})
+
+
+def run(config: TrainConfig, store: Store, path: Path, **over: Any) -> TrainResult:
+    """Train a fresh tiny model."""
+    records = over.pop("records", captions() if config.stage == "pretrain" else chats())
+    model = over.pop("model", None) or tiny_model(scale=1.0)
+    return train(config, model, tiny_tokens(), store, records, path, **over)
+
+
+if __name__ == "__main__":
+    run_dir, store_dir, stage = sys.argv[1:]
+    run(settings(stage, lora_dropout=0.2, iters=40, keep=50), Store(store_dir), Path(run_dir), resume=True)
