@@ -1,13 +1,16 @@
 """SigLIP encode rate on this machine: ours, mlx-vlm and transformers, beside the matrix-product ceiling.
 
-    python benchmarks/encode.py [--size base|so400m] [--batch N] [--rounds N] [--output FILE]
+    python benchmarks/encode.py [--size base|so400m] [--batch N] [--rounds N] [--clock wall|cpu] [--output FILE]
 
 The same random weights and pictures, float32, from pixels in memory to hidden states in memory. Every peer
 runs in a process of its own (the BLAS that MLX gets here would also interpose on PyTorch's), they take turns,
 and medians are compared. Outputs must agree before anything is timed. The ceiling is the time of the tower's
-own matrix products alone, at its own shapes, with the same BLAS: nothing exact can take less. mlx-vlm gets
-the BLAS that `mlx_llama3v` loads; of its towers gemma3's is taken, since paligemma's drops all but the first
-picture of a batch and llava's computes another activation.
+own matrix products alone, at its own shapes, with the BLAS that MLX has here. mlx-vlm gets the BLAS that
+`mlx_llama3v` loads; of its towers gemma3's is taken, since paligemma's drops all but the first picture of a
+batch and llava's computes another activation.
+
+On a busy machine add `--clock cpu` and set OMP_NUM_THREADS=1 and MKL_NUM_THREADS=1: that compares the work of
+one core, not the luck of the scheduler, but says nothing about who uses several cores well.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ SIZES = {
     "so400m": VisionConfig(1152, 4304, 27, 16, image_size=384, patch_size=14),
 }
 PEERS = ("ours", "mlx-vlm", "transformers")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Run = Callable[[], np.ndarray]
+Clock = Callable[[], float]
 
 
 def pictures(config: VisionConfig, batch: int) -> np.ndarray:
@@ -88,13 +93,13 @@ def transformers(weights: Path, config: VisionConfig, pixels: np.ndarray) -> Run
 
 def products(config: VisionConfig, batch: int) -> list[tuple[int, int, tuple[int, int, int]]]:
     """The tower's matrix products: (how often, in groups of, (rows, inner, columns))."""
-    P, D, I, L = config.grid**2, config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    P, D, L, inner = config.grid**2, config.hidden_size, config.num_hidden_layers, config.intermediate_size
     rows, heads, head = batch * P, config.num_attention_heads, D // config.num_attention_heads
     return [
         (1, 1, (rows, 3 * config.patch_size**2, D)),
         (4 * L, 1, (rows, D, D)),
-        (L, 1, (rows, D, I)),
-        (L, 1, (rows, I, D)),
+        (L, 1, (rows, D, inner)),
+        (L, 1, (rows, inner, D)),
         (L, batch * heads, (P, head, P)),
         (L, batch * heads, (P, P, head)),
     ]
@@ -104,7 +109,7 @@ def flops(config: VisionConfig, batch: int) -> float:
     return sum(2.0 * n * groups * a * b * c for n, groups, (a, b, c) in products(config, batch))
 
 
-def ceiling(config: VisionConfig, batch: int) -> Callable[[], float]:
+def ceiling(config: VisionConfig, batch: int, clock: Clock) -> Callable[[], float]:
     """Seconds of all products of one forward pass; each shape is timed once and multiplied."""
     import mlx.core as mx
 
@@ -121,9 +126,9 @@ def ceiling(config: VisionConfig, batch: int) -> Callable[[], float]:
     def run() -> float:
         total = 0.0
         for count, x, w in operands:
-            start = time.perf_counter()
+            start = clock()
             mx.eval(x @ mx.swapaxes(w, -1, -2))
-            total += count * (time.perf_counter() - start)
+            total += count * (clock() - start)
         return total
 
     return run
@@ -138,7 +143,7 @@ def make(directory: Path, config: VisionConfig) -> None:
     SiglipVisionModel(SiglipVisionConfig(**asdict(config))).save_pretrained(directory)
 
 
-def work(role: str, directory: Path, config: VisionConfig, batch: int) -> None:
+def work(role: str, directory: Path, config: VisionConfig, batch: int, clock: Clock) -> None:
     """A peer's process: load, run once, then one timed run for each line on stdin."""
     channel, sys.stdout = sys.stdout, sys.stderr  # libraries may print; the channel carries JSON only
 
@@ -149,7 +154,7 @@ def work(role: str, directory: Path, config: VisionConfig, batch: int) -> None:
         make(directory, config)
         return say(ready=True)
     if role == "ceiling":
-        timed = ceiling(config, batch)
+        timed = ceiling(config, batch, clock)
         timed()
     else:
         try:
@@ -160,9 +165,9 @@ def work(role: str, directory: Path, config: VisionConfig, batch: int) -> None:
         np.save(directory / f"{role}.npy", run())
 
         def timed() -> float:
-            start = time.perf_counter()
+            start = clock()
             run()
-            return time.perf_counter() - start
+            return clock() - start
 
     say(ready=True)
     for _ in sys.stdin:
@@ -172,9 +177,9 @@ def work(role: str, directory: Path, config: VisionConfig, batch: int) -> None:
 class Peer:
     """The parent's end of a peer's process."""
 
-    def __init__(self, role: str, directory: Path, size: str, batch: int):
+    def __init__(self, role: str, directory: Path, size: str, batch: int, clock: str):
         command = [sys.executable, __file__, "--role", role, "--directory", str(directory)]
-        command += ["--size", size, "--batch", str(batch)]
+        command += ["--size", size, "--batch", str(batch), "--clock", clock]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.role, self.first = role, self.hear()
 
@@ -196,12 +201,12 @@ class Peer:
         self.process.wait()
 
 
-def start(directory: Path, size: str, batch: int) -> dict[str, Peer]:
+def start(directory: Path, size: str, batch: int, clock: str) -> dict[str, Peer]:
     """All peers that are installed, their outputs compared."""
-    Peer("make", directory, size, batch).close()
+    Peer("make", directory, size, batch, clock).close()
     peers = {}
     for role in (*PEERS, "ceiling"):
-        peer = Peer(role, directory, size, batch)
+        peer = Peer(role, directory, size, batch, clock)
         if "absent" in peer.first:
             print(f"{role}: skipped, it is not installed ({peer.first['absent']})")
             peer.close()
@@ -217,10 +222,10 @@ def start(directory: Path, size: str, batch: int) -> dict[str, Peer]:
     return peers
 
 
-def measure(size: str, batch: int, rounds: int) -> dict[str, Any]:
+def measure(size: str, batch: int, rounds: int, clock: str) -> dict[str, Any]:
     config = SIZES[size]
     with tempfile.TemporaryDirectory() as directory:
-        peers = start(Path(directory), size, batch)
+        peers = start(Path(directory), size, batch, clock)
         seconds: dict[str, list[float]] = {role: [] for role in peers}
         for _ in range(rounds):
             for role, peer in peers.items():
@@ -231,8 +236,10 @@ def measure(size: str, batch: int, rounds: int) -> dict[str, Any]:
         "size": size,
         "batch": batch,
         "rounds": rounds,
+        "clock": clock,
         "gflop_per_slice": flops(config, batch) / batch / 1e9,
-        "load_average": os.getloadavg(),
+        "load_average": os.getloadavg()[0],
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS", "not set"),
         "seconds": seconds,
         "median_seconds": {role: statistics.median(times) for role, times in seconds.items()},
     }
@@ -240,8 +247,8 @@ def measure(size: str, batch: int, rounds: int) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     median, work_done = found["median_seconds"], found["gflop_per_slice"] * found["batch"]
-    load = found["load_average"][0]
-    print(f"{found['size']}, batch {found['batch']}, medians of {found['rounds']} rounds, load average {load:.1f}")
+    print(f"{found['size']}, batch {found['batch']}, medians of {found['rounds']} rounds, {found['clock']} time")
+    print(f"load average {found['load_average']:.1f}, OMP_NUM_THREADS {found['omp_num_threads']}")
     print(f"{'':14}{'slices/s':>10}{'GFLOP/s':>10}{'of ceiling':>12}{'ours is':>10}{'min..max s':>16}")
     for role, seconds in median.items():
         times = found["seconds"][role]
@@ -255,17 +262,18 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="base")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--output", type=Path, help="write everything measured here, as JSON")
     parser.add_argument("--role", help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.role:
-        return work(args.role, args.directory, SIZES[args.size], args.batch)
+        return work(args.role, args.directory, SIZES[args.size], args.batch, CLOCKS[args.clock])
     from importlib.metadata import PackageNotFoundError, version
 
     from mlx_llama3v.platform import machine
 
-    found = {"machine": machine(), **measure(args.size, args.batch, args.rounds)}
+    found = {"machine": machine(), **measure(args.size, args.batch, args.rounds, args.clock)}
     for name in ("mlx-vlm", "transformers", "torch"):
         try:
             found["machine"][name] = version(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,8 +58,8 @@ def chat(
 class Conversation:
     """Takes typed lines: commands, pictures and questions."""
 
-    def __init__(self, session: Session, sampling: Sampling, write: Callable[[str], Any] = sys.stdout.write) -> None:
-        self.session, self.sampling, self.write = session, sampling, write
+    def __init__(self, session: Session, sampling: Sampling) -> None:
+        self.session, self.sampling = session, sampling
         self.waiting: list[Path] = []  # pictures for the next question
 
     def take(self, line: str) -> None:
@@ -67,11 +67,11 @@ class Conversation:
         if not line:
             return
         if line == "/help":
-            self.write(f"{HELP}\n")
+            _say(f"{HELP}\n")
         elif line == "/reset":
             self.session.reset()
             self.waiting.clear()
-            self.write("The conversation is forgotten.\n")
+            _say("The conversation is forgotten.\n")
         elif line.split()[0] == "/image":
             self.show(_path(line.removeprefix("/image")))
         elif line.startswith("/"):
@@ -86,14 +86,14 @@ class Conversation:
         if _path(line).is_file():
             self.show(_path(line))
         else:
-            self.write(f"{line.split()[0]} is no command.\n{HELP}\n")
+            _say(f"{line.split()[0]} is no command.\n{HELP}\n")
 
     def show(self, path: Path) -> None:
         """Take a picture for the next question. Raises ImageError at once where it cannot be read."""
         limit = self.session.model.config.image.max_pixels
         width, height = open_image(path, limit).size
         self.waiting.append(path)
-        self.write(f"{path.name}: {width} x {height}; it goes with your next question.\n")
+        _say(f"{path.name}: {width} x {height}; it goes with your next question.\n")
 
     def ask(self, text: str) -> None:
         """Stream an answer; Ctrl-C ends the answer, not the program."""
@@ -101,11 +101,15 @@ class Conversation:
         self.waiting = []
         try:
             for piece in pieces:
-                self.write(piece.text)
-                sys.stdout.flush()
+                _say(piece.text)
         except KeyboardInterrupt:
-            self.write(" (stopped)")
-        self.write("\n")
+            _say(" (stopped)")
+        _say("\n")
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def _path(text: str) -> Path:

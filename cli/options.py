@@ -11,9 +11,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-import click
 import typer
 
 from mlx_llama3v.checkpoint import resolve
@@ -86,9 +85,9 @@ def _parameter(item: Field[Any], hint: Any) -> inspect.Parameter:
         flags = [f"{flags[0]}/--no-{flags[0].removeprefix('--')}"]
     if get_origin(hint) is tuple:  # a repeatable option; Typer knows those as lists
         hint, default = list[get_args(hint)[0]], list(default)  # type: ignore[misc]
-    choices = item.metadata.get("choices")
-    extra: dict[str, Any] = {"click_type": click.Choice(choices)} if choices else {}
-    option = typer.Option(*flags, help=item.metadata.get("help", ""), **extra)
+    if choices := item.metadata.get("choices"):
+        hint = Literal[choices]
+    option = typer.Option(*flags, help=item.metadata.get("help", ""))
     return inspect.Parameter(
         item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option]
     )

@@ -58,7 +58,7 @@ def train(
             projector=projector,
             resume=resume,
             offline=offline,
-            callbacks=Callbacks(started=print_start, progress=_progress(bar), evaluated=print_evaluation),
+            callbacks=_watch(bar),
         )
     print_result(result)
 
@@ -86,11 +86,17 @@ def print_problems(problems: tuple[Any, ...], most: int = 10) -> None:
         show.err.print(f"... and {len(problems) - most} more")
 
 
-def _progress(bar: show.Bar) -> Any:
-    def update(p: Progress) -> None:
+def _watch(bar: show.Bar) -> Callbacks:
+    """Print what happens, and move the bar."""
+
+    def started(start: Start) -> None:
+        print_start(start)
+        bar.update(start.done, start.steps)
+
+    def progress(p: Progress) -> None:
         bar.update(p.step, p.steps, f"loss {p.loss:.3f}, {p.tokens_per_second:,.0f} tokens/s")
 
-    return update
+    return Callbacks(started=started, progress=progress, evaluated=print_evaluation)
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

@@ -87,10 +87,10 @@ def sign_box(scene: Scene) -> Box:
     """Where a scene's small sign stands: near the picture's own corner, so that a tile's border misses it."""
     text = scene.prints[0]
     rng = Random(scene.seed ^ 0x51)
-    size = rng.randint(13, 15)
+    size = rng.randint(15, 16)
     left, _, right, _ = _font(size).getbbox(text.text)
     w, h = right - left + 7, size + 3
-    x, y = rng.uniform(1, 5), rng.uniform(1, 5)
+    x, y = rng.uniform(2, 4), rng.uniform(2, 4)
     row, column = divmod(text.place, 2)
     x, y = round(scene.width - x - w if column else x), round(scene.height - y - h if row else y)
     return (x, y, x + w, y + h)

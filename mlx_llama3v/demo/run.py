@@ -20,7 +20,7 @@ from mlx_llama3v.platform import machine
 from mlx_llama3v.stages import embed_data, load_encoder, train_stage
 from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.train.config import TrainConfig
-from mlx_llama3v.train.report import Callbacks, Progress
+from mlx_llama3v.train.report import Callbacks, Progress, Start
 from mlx_llama3v.train.trainer import TrainResult
 from mlx_llama3v.weights import TINY
 from mlx_llama3v.weights.convert import convert
@@ -112,7 +112,7 @@ def run(output: Path, config: DemoConfig, report: Report) -> DemoResult:
             output / stage,
             TrainConfig(stage=stage, epochs=epochs, learning_rate=rate, **settings),
             projector=output / "pretrain" if stage == "sft" else None,
-            callbacks=Callbacks(progress=_training(report, stage)),
+            callbacks=_training(report, stage),
         )
     report("exam", 0, len(data.exam), "")
     exam = _exam(model, output / "sft", data)
@@ -139,8 +139,17 @@ def _clear(output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
 
 
-def _training(report: Report, stage: str) -> Callable[[Progress], None]:
-    return lambda p: report(f"train ({stage})", p.step, p.steps, f"loss {p.loss:.3f}")
+def _training(report: Report, stage: str) -> Callbacks:
+    """Pass a run's events on; the first one starts the clock of its bar."""
+    name = f"train ({stage})"
+
+    def started(start: Start) -> None:
+        report(name, start.done, start.steps, "")
+
+    def progress(p: Progress) -> None:
+        report(name, p.step, p.steps, f"loss {p.loss:.3f}")
+
+    return Callbacks(started=started, progress=progress)
 
 
 def _exam(model_dir: Path, run_dir: Path, data: DataSet) -> Result:

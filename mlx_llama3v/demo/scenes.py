@@ -17,8 +17,8 @@ PLACES = ("top left", "top right", "bottom left", "bottom right")  # index = 2 *
 COUNTS = ("no", "one", "two", "three", "four")
 # fmt: off
 WORDS = (
-    "BUS", "CAT", "DOG", "EGG", "FOX", "HAT", "INK", "JAM", "KEY", "MAP", "NUT", "OWL",
-    "PEN", "RUG", "SUN", "TEA", "VAN", "ZIP", "BOOK", "FISH", "GOLD", "LAMP", "MOON", "TREE",
+    "BUS", "CAT", "DOG", "EGG", "FOX", "HAT", "INK", "JAM", "KEY",
+    "MAP", "NUT", "OWL", "PEN", "RUG", "SUN", "TEA", "VAN", "ZIP",
 )
 # fmt: on
 KINDS = ("shapes", "print", "sign", "chart")

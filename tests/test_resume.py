@@ -1,0 +1,175 @@
+"""A run that was killed and resumed ends with the same bytes as one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_llama3v.embeddings.store import Store
+from mlx_llama3v.errors import RunError
+from mlx_llama3v.train import resume
+from mlx_llama3v.train.report import Callbacks, Progress, Start
+from tests.tiny_run import chats, make_store, run, settings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return make_store(tmp_path_factory.mktemp("store"))
+
+
+class Killed(Exception):
+    """Stands for a kill in one process."""
+
+
+def killed_at(step: int) -> Callbacks:
+    def check(progress: Progress) -> None:
+        if progress.step >= step:
+            raise Killed
+
+    return Callbacks(progress=check)
+
+
+def outcome(run_dir: Path) -> dict[str, Any]:
+    """All bytes and numbers that a run determines; times are left out."""
+    files = [*run_dir.glob("*.safetensors"), *run_dir.glob("checkpoints/*/*.safetensors")]
+    found: dict[str, Any] = {str(file.relative_to(run_dir)): file.read_bytes() for file in files}
+    found["metrics"] = [
+        {key: line[key] for key in ("step", "loss", "grad_norm", "learning_rate", "tokens", "padding")}
+        for line in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    ]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("stage", "over"),
+    [
+        ("pretrain", {}),
+        ("sft", {"lora_dropout": 0.3, "grad_accumulation_steps": 2, "steps_per_report": 3}),
+        ("sft", {"tune": "dora", "lora_layers": 1, "save_every": 3, "steps_per_report": 5}),
+    ],
+)
+def test_resumed_is_uninterrupted(stage: str, over: dict[str, Any], store: Store, tmp_path: Path) -> None:
+    config = settings(stage, **{"iters": 10, "learning_rate": 1e-2, **over})
+    run(config, store, tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(config, store, tmp_path / "cut", callbacks=killed_at(5))
+    started: list[Start] = []
+    run(config, store, tmp_path / "cut", resume=True, callbacks=Callbacks(started=started.append))
+    assert 0 < started[0].done < 10
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+def test_resumed_survives_kill_9(store: Store, tmp_path: Path) -> None:
+    run_dir = tmp_path / "killed"
+    command = [sys.executable, "-m", "tests.tiny_run"]
+    process = subprocess.Popen([*command, str(run_dir), str(store.path), "sft"], cwd=ROOT)
+    until = time.monotonic() + 200
+    while len(resume.checkpoints(run_dir)) < 3 and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it must be killed on the way, not end by itself"
+    assert not (run_dir / "adapters.safetensors").exists()
+    for name in (run_dir, tmp_path / "whole"):
+        subprocess.run([*command, str(name), str(store.path), "sft"], cwd=ROOT, check=True)
+    assert outcome(run_dir) == outcome(tmp_path / "whole")
+
+
+def test_a_lost_optimizer_state_is_noticed(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings("sft", iters=6, learning_rate=1e-2)
+    run(config, store, tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(config, store, tmp_path / "cut", callbacks=killed_at(4))
+    restore = resume.restore
+
+    def forgetful(checkpoint: Path, model: Any, optimizer: Any) -> None:
+        state = optimizer.state
+        restore(checkpoint, model, optimizer)
+        optimizer.state = state
+
+    monkeypatch.setattr(resume, "restore", forgetful)
+    run(config, store, tmp_path / "cut", resume=True)
+    assert outcome(tmp_path / "cut") != outcome(tmp_path / "whole")
+
+
+def test_a_finished_run_is_written_again(store: Store, tmp_path: Path) -> None:
+    config = settings()
+    run(config, store, tmp_path / "run")
+    before = outcome(tmp_path / "run")
+    (tmp_path / "run" / "projector.safetensors").unlink()
+    result = run(config, store, tmp_path / "run", resume=True)
+    assert result.last is None
+    assert outcome(tmp_path / "run") == before
+
+
+def test_a_run_without_a_checkpoint_begins_anew(store: Store, tmp_path: Path) -> None:
+    config = settings(iters=8, save_every=6)
+    with pytest.raises(Killed):
+        run(config, store, tmp_path / "cut", callbacks=killed_at(4))
+    run(config, store, tmp_path / "cut", resume=True)
+    run(config, store, tmp_path / "whole")
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+def test_old_checkpoints_go(store: Store, tmp_path: Path) -> None:
+    run(settings(iters=10, keep=2), store, tmp_path / "run")
+    kept = [path.name for path in resume.checkpoints(tmp_path / "run")]
+    assert kept == ["step-0000008", "step-0000010"]
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == kept
+
+
+def test_other_settings_are_refused(store: Store, tmp_path: Path) -> None:
+    run(settings(), store, tmp_path / "run")
+    with pytest.raises(RunError, match=r"seed was 0 and is 1 now; batch_size was 4") as error:
+        run(settings(seed=1, batch_size=8), store, tmp_path / "run", resume=True)
+    assert "step-0000006" in str(error.value)
+    with pytest.raises(RunError, match="rows was"):
+        run(settings(), store, tmp_path / "run", resume=True, records=chats())
+    run(settings(keep=5, save_every=3), store, tmp_path / "run", resume=True)
+
+
+def test_another_projector_is_refused(store: Store, tmp_path: Path) -> None:
+    from tests.tiny_model import tiny_model
+
+    run(settings("sft"), store, tmp_path / "run")
+    other = tiny_model(scale=1.0)
+    other.projector.markers = other.projector.markers + 1
+    with pytest.raises(RunError, match="projector was"):
+        run(settings("sft"), store, tmp_path / "run", resume=True, model=other)
+
+
+def test_an_incomplete_checkpoint_is_refused_by_name(store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    run(settings(), store, path)
+    newest = resume.checkpoints(path)[-1]
+    (newest / "optimizer.safetensors").unlink()
+    with pytest.raises(RunError, match=r"step-0000006 is incomplete: it has no optimizer\.safetensors"):
+        run(settings(), store, path, resume=True)
+    shutil.rmtree(newest)
+    state = resume.checkpoints(path)[-1] / "state.json"
+    state.write_text(state.read_text()[:50])
+    with pytest.raises(RunError, match=r"step-0000004/state\.json is damaged"):
+        run(settings(), store, path, resume=True)
+
+
+def test_a_half_written_checkpoint_is_ignored(store: Store, tmp_path: Path) -> None:
+    config = settings(iters=8)
+    with pytest.raises(Killed):
+        run(config, store, tmp_path / "cut", callbacks=killed_at(6))
+    folder = tmp_path / "cut" / "checkpoints"
+    shutil.copytree(folder / "step-0000004", folder / ".step-0000006.partial")
+    (folder / ".step-0000006.partial" / "state.json").unlink()
+    run(config, store, tmp_path / "cut", resume=True)
+    run(config, store, tmp_path / "whole")
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    assert not list(folder.glob(".*"))

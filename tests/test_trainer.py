@@ -1,0 +1,222 @@
+"""A run from records to a run directory that a chat can use."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_llama3v.checkpoint import load_run
+from mlx_llama3v.data.records import Record
+from mlx_llama3v.embeddings.store import Store
+from mlx_llama3v.errors import DataError, RunError
+from mlx_llama3v.model import Llama3V
+from mlx_llama3v.tensors import parameters
+from mlx_llama3v.text.prompt import Message
+from mlx_llama3v.train.config import TrainConfig
+from mlx_llama3v.train.evaluate import hold_out, shuffled
+from mlx_llama3v.train.report import Callbacks, Evaluation, Progress, Start
+from tests.tiny_model import tiny_model
+from tests.tiny_run import captions, chats, make_store, run, settings
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return make_store(tmp_path_factory.mktemp("store"))
+
+
+def copied(values: dict[str, mx.array]) -> dict[str, bytes]:
+    return {name: np.array(value).tobytes() for name, value in values.items()}
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_pretrain_learns_and_leaves_the_decoder_as_it_was(store: Store, tmp_path: Path) -> None:
+    model = tiny_model(scale=1.0)
+    decoder, projector = copied(parameters(model.language_model)), copied(parameters(model.projector))
+    result = run(settings(iters=40, learning_rate=3e-2), store, tmp_path / "run", model=model)
+    assert copied(parameters(model.language_model)) == decoder
+    changed = copied(parameters(model.projector))
+    assert all(changed[name] != value for name, value in projector.items())
+    losses = [line["loss"] for line in lines(tmp_path / "run")]
+    assert losses[-1] < 0.6 * losses[0]
+    assert result.last is not None and result.last.loss == losses[-1]
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"checkpoints", "config.json", "loss.png", "metrics.jsonl", "projector.safetensors"}
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("tune", ["lora", "dora"])
+def test_sft_learns_and_leaves_all_else_as_it_was(tune: str, store: Store, tmp_path: Path) -> None:
+    model = tiny_model(scale=1.0)
+    before = copied(parameters(model))
+    config = settings("sft", iters=30, learning_rate=3e-2, tune=tune)
+    result = run(config, store, tmp_path / "run", model=model)
+    after = copied(parameters(model))
+    adapted = {name.replace(".linear.", "."): value for name, value in after.items()}
+    assert all(adapted[name] == value for name, value in before.items())
+    assert all(np.frombuffer(after[name], np.float32).any() for name in result.trainable.shapes)
+    losses = [line["loss"] for line in lines(tmp_path / "run")]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(("stage", "tune"), [("pretrain", "lora"), ("sft", "lora"), ("sft", "dora")])
+def test_a_run_is_loaded_as_it_was_trained(stage: str, tune: str, store: Store, tmp_path: Path) -> None:
+    model = tiny_model(scale=1.0)
+    run(settings(stage, tune=tune, learning_rate=1e-2), store, tmp_path / "run", model=model)
+    fresh = tiny_model(scale=1.0)
+    load_run(fresh, tmp_path / "run")
+    assert copied(parameters(fresh)) == copied(parameters(model))
+    ids = mx.array([[1, 2, 3, 4]])
+    np.testing.assert_array_equal(np.array(fresh(ids)), np.array(model(ids)))
+
+
+def test_all_data_are_checked_first(store: Store, tmp_path: Path) -> None:
+    good = captions(8)
+    bad = [
+        Record("gone", ("nowhere.png",), good[0].messages),
+        Record("mute", good[0].images, (Message("user", "", (0,)), Message("assistant", " "))),
+        Record("long", good[0].images, (Message("user", "", (0,)), Message("assistant", "word " * 200))),
+    ]
+    seen: list[Start] = []
+    config = settings(max_seq_length=100, iters=2)
+    result = run(config, store, tmp_path / "run", records=[*good, *bad], callbacks=Callbacks(started=seen.append))
+    assert [problem.where for problem in result.problems] == ["record gone", "record mute", "record long"]
+    (start,) = seen
+    assert (start.rows, start.problems, start.steps, start.done) == (8, result.problems, 2, 0)
+    assert start.longest <= 100
+    assert [text for text, kind in start.sample if kind == "target"] == ["red<|end_of_text|>"]
+    assert any(kind == "visual" for _, kind in start.sample)
+    with pytest.raises(DataError, match="none of 3 records can be trained on; the first: record gone"):
+        run(config, store, tmp_path / "none", records=bad)
+    assert not (tmp_path / "none").exists()
+
+
+def test_config_json_holds_every_setting(store: Store, tmp_path: Path) -> None:
+    config = settings(iters=0, epochs=2, batch_size=5, grad_accumulation_steps=2)
+    run(config, store, tmp_path / "run", notes={"data": "captions.json"})
+    values = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert values["train"] == {**config.to_dict(), "learning_rate": 1e-3}
+    assert values["steps"] == 5  # 24 rows are 5 batches an epoch, 10 in all, two a step
+    assert values["data"] == {"rows": 24, "held_out": 0, "left_out": 0, "file": "captions.json"} or values["data"]
+    assert values["machine"]["device"]
+
+
+def test_every_row_is_trained_once_an_epoch(store: Store, tmp_path: Path) -> None:
+    config = settings(iters=0, epochs=2, batch_size=5, grad_accumulation_steps=3, steps_per_report=100)
+    seen: list[Progress] = []
+    run(config, store, tmp_path / "run", callbacks=Callbacks(progress=seen.append))
+    (progress,) = seen
+    assert (progress.step, progress.steps, progress.epoch) == (4, 4, 2.0)
+    tokens = sum(len(record.messages[1].text) for record in captions())  # a letter is a token or part of one
+    assert 2 * 24 * 2 <= progress.tokens <= 2 * (tokens + 24)
+    assert 0 < progress.padding < 1 and progress.rows_per_second > 0
+
+
+def test_a_run_is_not_overwritten(store: Store, tmp_path: Path) -> None:
+    run(settings(iters=2, save_every=0), store, tmp_path / "run")
+    with pytest.raises(RunError, match="holds a run already"):
+        run(settings(iters=2), store, tmp_path / "run")
+
+
+def test_a_loss_that_is_not_a_number_names_step_and_rows(store: Store, tmp_path: Path) -> None:
+    model = tiny_model(scale=1.0)
+    head = model.language_model.lm_head
+    head.weight = mx.full(head.weight.shape, float("nan"))
+    with pytest.raises(RunError, match=r"step 1: the loss is nan.*row-\d+, row-\d+"):
+        run(settings(), store, tmp_path / "run", model=model)
+    assert not (tmp_path / "run" / "projector.safetensors").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_probe_tells_looking_from_guessing(store: Store, tmp_path: Path) -> None:
+    seen: list[Evaluation] = []
+    config = settings(iters=60, learning_rate=3e-2, val_split=0.3, steps_per_eval=30, save_every=0)
+    result = run(config, store, tmp_path / "run", callbacks=Callbacks(evaluated=seen.append), records=captions(48))
+    assert [evaluation.step for evaluation in seen] == [30, 60]
+    last = seen[-1]
+    assert result.evaluation == last
+    assert last.eval_shuffled is not None and last.eval_blind is not None
+    assert last.eval_loss < last.eval_shuffled - 0.3
+    assert last.eval_loss < last.eval_blind - 0.3
+    assert [line["eval_loss"] for line in lines(tmp_path / "run") if "eval_loss" in line] == [
+        evaluation.eval_loss for evaluation in seen
+    ]
+
+
+def test_evaluating_changes_nothing(store: Store, tmp_path: Path) -> None:
+    config = settings("sft", val_split=0.3, lora_dropout=0.3)
+    often, never = replace(config, steps_per_eval=1), replace(config, steps_per_eval=0)
+    weights = []
+    for name, settings_ in (("often", often), ("never", never)):
+        run(settings_, store, tmp_path / name)
+        weights.append((tmp_path / name / "adapters.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_held_out_rows_do_not_depend_on_their_order() -> None:
+    records = chats(200)
+    used, held_out = hold_out(records, 0.2)
+    assert 20 < len(held_out) < 60 and len(used) + len(held_out) == 200
+    assert {r.id for r in hold_out(records[::-1], 0.2)[1]} == {r.id for r in held_out}
+    assert hold_out(records, 0.0) == (records, [])
+
+
+def test_shuffled_pictures_are_others() -> None:
+    records = captions(24)
+    pairs = list(zip(records, shuffled(records), strict=True))
+    assert all(a.images != b.images and a.messages == b.messages and a.id == b.id for a, b in pairs)
+
+
+def test_a_compiled_run_learns_the_same(store: Store, tmp_path: Path) -> None:
+    found = []
+    for compiled in (False, True):
+        model = tiny_model(scale=1.0)
+        config = settings("sft", compile=compiled, iters=4, learning_rate=1e-2, lora_keys=("q_proj",))
+        run(config, store, tmp_path / str(compiled), model=model)
+        found.append(parameters(model))
+    for name, value in found[0].items():
+        np.testing.assert_allclose(np.array(found[1][name]), np.array(value), atol=2e-4, err_msg=name)
+
+
+def test_the_order_depends_on_the_seed(store: Store, tmp_path: Path) -> None:
+    def weights(name: str, seed: int) -> bytes:
+        run(settings(seed=seed, save_every=0), store, tmp_path / name)
+        return (tmp_path / name / "projector.safetensors").read_bytes()
+
+    assert weights("a", 0) == weights("b", 0) != weights("c", 1)
+
+
+def test_text_alone_can_be_trained_on(store: Store, tmp_path: Path) -> None:
+    messages = (Message("user", "Say it."), Message("assistant", "it"))
+    records = [Record(f"text-{i}", (), messages) for i in range(8)]
+    result = run(settings("sft", val_split=0.4), store, tmp_path / "run", records=records)
+    assert result.evaluation is not None and result.evaluation.eval_shuffled is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("stage", "both", "stage is 'both'; expected pretrain or sft"),
+        ("batch_size", 0, "batch_size is 0; expected at least 1"),
+        ("val_split", 1.0, r"val_split is 1.0; expected between 0 and 0.95"),
+        ("learning_rate", float("nan"), "learning_rate is nan"),
+        ("tune", "qlora", "expected lora or dora or full"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(name: str, value: Any, message: str) -> None:
+    with pytest.raises(RunError, match=message):
+        TrainConfig(**{name: value})
+
+
+def test_the_stage_has_its_own_learning_rate() -> None:
+    assert TrainConfig().resolved().learning_rate == 1e-3
+    assert TrainConfig(stage="sft").resolved().learning_rate == 2e-4
+    assert TrainConfig(learning_rate=3e-3).resolved().learning_rate == 3e-3
