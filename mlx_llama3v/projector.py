@@ -1,6 +1,6 @@
 """From SigLIP's patch embeddings to the decoder's width: the part that stage 1 trains.
 
-`attention` (default): linear in, 2-D positions, two pre-norm self-attention blocks over one slice's patches,
+`attention` (default): norm, linear in, 2-D positions, two pre-norm self-attention blocks over one slice's patches,
 spatial average pooling, norm, linear out. `linear` and `mlp` are LLaVA's and LLaVA-1.5's. All share one
 interface and keep every shape static, so that a training step compiles; slices of different grids share a
 batch, padded at the end, and no slice's result depends on its padding or its neighbours.
@@ -78,6 +78,8 @@ class AttentionProjector(nn.Module):
                 "expected a multiple of 4 and of the heads."
             )
         self.pool = config.pool
+        # Raw hidden states have a scale, and outlier channels, of their own: positions would be lost in them.
+        self.norm_in = LayerNorm(config.in_dim, eps=config.layer_norm_eps)
         self.linear_in = Linear(config.in_dim, config.hidden_dim)
         self.blocks = [Block(config) for _ in range(config.num_layers)]
         self.norm = LayerNorm(config.hidden_dim, eps=config.layer_norm_eps)
@@ -85,7 +87,7 @@ class AttentionProjector(nn.Module):
 
     def __call__(self, patches: mx.array, grid: mx.array, num_tokens: int) -> mx.array:
         rows, cols, valid = patch_positions(grid, patches.shape[1])
-        x = self.linear_in(patches)
+        x = self.linear_in(self.norm_in(patches))
         x = x + sincos_positions(rows, cols, x.shape[-1]).astype(x.dtype)
         for block in self.blocks:
             x = block(x, valid[:, None, None, :])

@@ -51,7 +51,7 @@ def answer(session: Session, text: str, images=(), **sampling) -> Answer:
     pieces = list(session.ask(text, images, Sampling(**sampling)))
     last = pieces[-1].answer
     assert last is not None and all(piece.answer is None for piece in pieces[:-1])
-    assert last.text == "".join(piece.text for piece in pieces)
+    assert last.text == "".join(piece.text for piece in pieces) == session.tokens.decode(last.tokens)
     return last
 
 

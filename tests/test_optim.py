@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,7 +20,7 @@ def test_the_schedule_rises_and_falls() -> None:
     rates = [learning_rate(step, 100, 1e-3, warmup=0.1, floor=0.2) for step in range(101)]
     np.testing.assert_allclose(rates[:10], [1e-4 * n for n in range(1, 11)])
     assert rates[10] == 1e-3
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a > b for a, b in pairwise(rates[10:]))
     assert rates[55] == pytest.approx(1e-3 * (0.2 + 0.8 * 0.5))
     assert rates[100] == pytest.approx(2e-4)
 

@@ -130,7 +130,7 @@ def test_old_checkpoints_go(store: Store, tmp_path: Path) -> None:
 
 def test_other_settings_are_refused(store: Store, tmp_path: Path) -> None:
     run(settings(), store, tmp_path / "run")
-    with pytest.raises(RunError, match=r"seed was 0 and is 1 now; batch_size was 4") as error:
+    with pytest.raises(RunError, match=r"batch_size was 4 and is 8 now; seed was 0") as error:
         run(settings(seed=1, batch_size=8), store, tmp_path / "run", resume=True)
     assert "step-0000006" in str(error.value)
     with pytest.raises(RunError, match="rows was"):

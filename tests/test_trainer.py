@@ -15,7 +15,6 @@ from mlx_llama3v.checkpoint import load_run
 from mlx_llama3v.data.records import Record
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.errors import DataError, RunError
-from mlx_llama3v.model import Llama3V
 from mlx_llama3v.tensors import parameters
 from mlx_llama3v.text.prompt import Message
 from mlx_llama3v.train.config import TrainConfig
@@ -39,17 +38,17 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def test_pretrain_learns_and_leaves_the_decoder_as_it_was(store: Store, tmp_path: Path) -> None:
-    model = tiny_model(scale=1.0)
+    model = tiny_model(scale=4.0)
     decoder, projector = copied(parameters(model.language_model)), copied(parameters(model.projector))
-    result = run(settings(iters=40, learning_rate=3e-2), store, tmp_path / "run", model=model)
+    result = run(settings(iters=30, learning_rate=3e-2, save_every=0), store, tmp_path / "run", model=model)
     assert copied(parameters(model.language_model)) == decoder
     changed = copied(parameters(model.projector))
     assert all(changed[name] != value for name, value in projector.items())
     losses = [line["loss"] for line in lines(tmp_path / "run")]
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.85 * losses[0]
     assert result.last is not None and result.last.loss == losses[-1]
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"checkpoints", "config.json", "loss.png", "metrics.jsonl", "projector.safetensors"}
+    assert names == {"config.json", "loss.png", "metrics.jsonl", "projector.safetensors"}
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -57,14 +56,14 @@ def test_pretrain_learns_and_leaves_the_decoder_as_it_was(store: Store, tmp_path
 def test_sft_learns_and_leaves_all_else_as_it_was(tune: str, store: Store, tmp_path: Path) -> None:
     model = tiny_model(scale=1.0)
     before = copied(parameters(model))
-    config = settings("sft", iters=30, learning_rate=3e-2, tune=tune)
+    config = settings("sft", iters=20, learning_rate=3e-2, tune=tune, save_every=0)
     result = run(config, store, tmp_path / "run", model=model)
     after = copied(parameters(model))
     adapted = {name.replace(".linear.", "."): value for name, value in after.items()}
     assert all(adapted[name] == value for name, value in before.items())
     assert all(np.frombuffer(after[name], np.float32).any() for name in result.trainable.shapes)
     losses = [line["loss"] for line in lines(tmp_path / "run")]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.85 * losses[0]
 
 
 @pytest.mark.parametrize(("stage", "tune"), [("pretrain", "lora"), ("sft", "lora"), ("sft", "dora")])
@@ -101,11 +100,12 @@ def test_all_data_are_checked_first(store: Store, tmp_path: Path) -> None:
 
 def test_config_json_holds_every_setting(store: Store, tmp_path: Path) -> None:
     config = settings(iters=0, epochs=2, batch_size=5, grad_accumulation_steps=2)
-    run(config, store, tmp_path / "run", notes={"data": "captions.json"})
+    run(config, store, tmp_path / "run", notes={"from": "captions.json"})
     values = json.loads((tmp_path / "run" / "config.json").read_text())
     assert values["train"] == {**config.to_dict(), "learning_rate": 1e-3}
     assert values["steps"] == 5  # 24 rows are 5 batches an epoch, 10 in all, two a step
-    assert values["data"] == {"rows": 24, "held_out": 0, "left_out": 0, "file": "captions.json"} or values["data"]
+    assert values["data"] == {"rows": 24, "held_out": 0, "left_out": 0}
+    assert values["from"] == "captions.json"
     assert values["machine"]["device"]
 
 
@@ -138,9 +138,10 @@ def test_a_loss_that_is_not_a_number_names_step_and_rows(store: Store, tmp_path:
 
 def test_the_probe_tells_looking_from_guessing(store: Store, tmp_path: Path) -> None:
     seen: list[Evaluation] = []
-    config = settings(iters=60, learning_rate=3e-2, val_split=0.3, steps_per_eval=30, save_every=0)
-    result = run(config, store, tmp_path / "run", callbacks=Callbacks(evaluated=seen.append), records=captions(48))
-    assert [evaluation.step for evaluation in seen] == [30, 60]
+    config = settings(iters=30, learning_rate=3e-2, val_split=0.3, steps_per_eval=15, save_every=0)
+    callbacks, model = Callbacks(evaluated=seen.append), tiny_model(scale=4.0)
+    result = run(config, store, tmp_path / "run", callbacks=callbacks, records=captions(48), model=model)
+    assert [evaluation.step for evaluation in seen] == [15, 30]
     last = seen[-1]
     assert result.evaluation == last
     assert last.eval_shuffled is not None and last.eval_blind is not None

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from mlx_llama3v.errors import RunError
+from mlx_llama3v.platform import device_name
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ class TrainConfig:
     steps_per_report: int = _knob(10, "Steps between reports.", low=1)
     save_every: int = _knob(200, "Steps between checkpoints; 0: none.")
     keep: int = _knob(2, "Checkpoints that are kept.", low=1)
-    compile: bool = _knob(True, "Compile the training step.")
+    compile: bool | None = _knob(
+        None, "Compile the training step [default: not on a CPU].", flags=["--compile/--no-compile"]
+    )
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -71,10 +74,11 @@ class TrainConfig:
                 raise RunError(f"{item.name} is {value}; expected {limit}.")
 
     def resolved(self) -> TrainConfig:
-        """The same with the stage's own defaults filled in: what the run writes down."""
-        if self.learning_rate is not None:
-            return self
-        return replace(self, learning_rate=STAGES[self.stage].learning_rate)
+        """The same with the stage's and the device's own defaults filled in: what the run writes down."""
+        rate = STAGES[self.stage].learning_rate if self.learning_rate is None else self.learning_rate
+        # On a CPU nothing is gained but a C++ compiler's run, and fixed shapes cost padding.
+        compiled = device_name() != "cpu" if self.compile is None else self.compile
+        return replace(self, learning_rate=rate, compile=compiled)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

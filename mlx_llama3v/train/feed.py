@@ -25,6 +25,8 @@ class Feed:
 
     def __init__(self, rows: Sequence[Row], store: Store, model: ModelConfig, config: TrainConfig) -> None:
         self._rows, self._store, self._model, self._config = rows, store, model, config
+        # A compiled step wants few shapes; without, what pads least is best.
+        self._pad_to = 32 if config.compile else 4
         self._accumulate = config.grad_accumulation_steps
         self.per_epoch = -(-len(rows) // config.batch_size)
         self.total = config.iters * self._accumulate or config.epochs * self.per_epoch
@@ -41,7 +43,7 @@ class Feed:
         pool = ThreadPoolExecutor(1, "batches")
         try:
             for number in range(self.first(step), self.total):
-                waiting.append(pool.submit(collate, self._pick(number), self._store, self._model))
+                waiting.append(pool.submit(collate, self._pick(number), self._store, self._model, self._pad_to))
                 if len(waiting) > _AHEAD:
                     yield waiting.popleft().result()
             while waiting:

@@ -19,6 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_map_with_path
 
@@ -28,7 +29,6 @@ from mlx_llama3v.tensors import load_file, mismatches, save_safetensors_atomic, 
 CHECKPOINTS = "checkpoints"
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 _NAME = re.compile(r"step-(\d{7,})")
-_RANDOM = "random"  # tensor name of MLX's random state, beside "optimizer.*"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def save(run_dir: Path, state: State, model: nn.Module, optimizer: Optimizer, ke
     final = folder / f"step-{state.step:07d}"
     partial = folder / f".{final.name}.partial"
     partial.mkdir()
-    save_safetensors_atomic(partial / OPTIMIZER, {**_tensors(optimizer), _RANDOM: _random_state()[0]})
+    save_safetensors_atomic(partial / OPTIMIZER, _state(optimizer))
     save_safetensors_atomic(partial / WEIGHTS, dict(tree_flatten(model.trainable_parameters())))
     write_text(partial / STATE, json.dumps(asdict(state), indent=2) + "\n")
     sync(partial)
@@ -96,25 +96,23 @@ def require_same(checkpoint: Path, have: Mapping[str, Any], want: Mapping[str, A
 
 def restore(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Set weights, optimizer and random state from a checkpoint. Raises RunError where they do not fit."""
-    weights, tensors = load_file(checkpoint / WEIGHTS), load_file(checkpoint / OPTIMIZER)
-    random = tensors.pop(_RANDOM, None)
+    weights, state = load_file(checkpoint / WEIGHTS), load_file(checkpoint / OPTIMIZER)
     phrases = mismatches(dict(tree_flatten(model.trainable_parameters())), weights)
-    phrases += mismatches(_tensors(optimizer), tensors)
-    if phrases or random is None:
+    phrases += mismatches(_state(optimizer), state)
+    if phrases:
         raise RunError(f"{checkpoint} does not fit this model: {'; '.join(phrases)}.")
     model.load_weights(list(weights.items()), strict=False)
-    optimizer.state = tree_map_with_path(lambda name, _: tensors[f"optimizer.{name}"], optimizer.state)
+    optimizer.state = tree_map_with_path(lambda name, _: state[f"optimizer.{name}"], optimizer.state)
     optimizer.init(model.trainable_parameters())
-    _random_state()[0] = random
-    mx.eval(model.parameters(), optimizer.state, random)
+    high, low = map(int, np.array(state["random"]))
+    mx.random.seed(high << 32 | low)  # a seed is the state; it cannot be set in any other way
+    mx.eval(model.parameters(), optimizer.state)
 
 
-def _tensors(optimizer: Optimizer) -> dict[str, mx.array]:
-    return {f"optimizer.{name}": value for name, value in dict(tree_flatten(optimizer.state)).items()}
-
-
-def _random_state() -> list[mx.array]:
-    return mx.random.state  # type: ignore[return-value]
+def _state(optimizer: Optimizer) -> dict[str, mx.array]:
+    """All that a step changes beside the weights."""
+    held = dict(tree_flatten(optimizer.state))
+    return {**{f"optimizer.{name}": value for name, value in held.items()}, "random": mx.random.state[0]}  # type: ignore[index]
 
 
 def _step(path: Path) -> int:

@@ -206,7 +206,7 @@ class _Run:
 
     def _loop(self, done: int, batches: Iterator[Batch]) -> None:
         config, steps = self.config, self.feed.steps
-        step = Step(self.model, self.optimizer, config.clip, config.compile)
+        step = Step(self.model, self.optimizer, config.clip, bool(config.compile))
         for number in range(done, steps):
             rate = learning_rate(number, steps, config.learning_rate or 0.0, config.warmup, config.min_learning_rate)
             self._step(step, number, batches, rate)

@@ -17,16 +17,43 @@ import numpy as np
 
 from mlx_llama3v.config import Grid, SiglipTextConfig, VisionConfig
 from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.platform import device_name
+
+# tanh(x) = x P(x^2) / Q(x^2) on [-7.9, 7.9], the constants of Eigen's `ptanh`, highest power first.
+_TANH_BOUND = 7.90531110763549805
+_TANH_P = (
+    *(-2.76076847742355e-16, 2.00018790482477e-13, -8.60467152213735e-11, 5.12229709037114e-08),
+    *(1.48572235717979e-05, 6.37261928875436e-04, 4.89352455891786e-03),
+)
+_TANH_Q = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
 
 
 @partial(mx.compile, shapeless=True)
-def _gelu_tanh(x: mx.array) -> mx.array:
-    """The tanh form of GELU, 0.5 x (1 + tanh z), written as x sigmoid(2 z): the same function.
+def _gelu_rational(x: mx.array) -> mx.array:
+    z = mx.clip(x * (0.7978845608028654 + 0.035677408136300125 * x * x), -_TANH_BOUND, _TANH_BOUND)
+    return 0.5 * x * (1 + z * _polynomial(z * z, _TANH_P) / _polynomial(z * z, _TANH_Q))
 
-    `nn.gelu_approx` takes 1.6 times as long on a CPU (a power and a tanh) and doubles the error of negative
-    values in 16 bits (1 + tanh cancels).
-    """
+
+def _polynomial(x: mx.array, powers: tuple[float, ...]) -> mx.array:
+    value = powers[0] * x
+    for constant in powers[1:-1]:
+        value = (value + constant) * x
+    return value + powers[-1]
+
+
+@partial(mx.compile, shapeless=True)
+def _gelu_sigmoid(x: mx.array) -> mx.array:
     return x * mx.sigmoid(x * (1.5957691216057308 + 0.07135481282 * x * x))
+
+
+def _gelu_tanh(x: mx.array) -> mx.array:
+    """GELU in its tanh form, in place of `nn.gelu_approx` (a power and a tanh an element), within 1e-6 of it.
+
+    MLX's transcendentals are scalar loops on a CPU and took a quarter of the encoding time there: a ratio of
+    polynomials takes a tenth of it. Elsewhere x sigmoid(2 z), the same function without its cancellation.
+    """
+    on_cpu = x.dtype == mx.float32 and device_name() == "cpu"
+    return _gelu_rational(x) if on_cpu else _gelu_sigmoid(x)
 
 
 _ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
