@@ -12,7 +12,7 @@ import typer
 from mlx_llama3v.cli import show
 from mlx_llama3v.cli.options import Config, MaxSlices, Model, Offline, Run, open_session, settings_options
 from mlx_llama3v.errors import UserError
-from mlx_llama3v.generate import Sampling, Session
+from mlx_llama3v.inference import Sampling, Session
 from mlx_llama3v.vision.image import open_image
 
 HELP = """/image FILE   show a picture with the next question (also: type or drop just its path)

@@ -10,7 +10,7 @@ import typer
 
 from mlx_llama3v.cli import show
 from mlx_llama3v.cli.options import Config, MaxSlices, Model, Offline, Run, open_session, settings_options
-from mlx_llama3v.generate import Answer, Sampling
+from mlx_llama3v.inference import Answer, Sampling
 
 
 def register(app: typer.Typer) -> None:

@@ -18,7 +18,7 @@ import typer
 from mlx_llama3v.checkpoint import resolve
 from mlx_llama3v.config import TilingConfig
 from mlx_llama3v.errors import RunError
-from mlx_llama3v.generate import Session, load
+from mlx_llama3v.inference import Session, load
 
 Model = Annotated[str, typer.Option("--model", help="Model directory (from `convert`) or Hub id.", show_default=False)]
 Run = Annotated[Path | None, typer.Option("--run", help="Run directory (from `train`) to apply.", show_default=False)]

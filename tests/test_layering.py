@@ -23,14 +23,14 @@ ORDER = (
     ("model",),
     ("checkpoint",),
     ("data", "score"),
-    ("train", "generate"),
+    ("train", "inference"),
     ("stages",),
     ("weights",),
     ("demo",),
     ("cli",),
 )
 RANK = {name: rank for rank, group in enumerate(ORDER) for name in group}
-APART = ("vision", "text"), ("train", "vision"), ("data", "vision"), ("train", "generate"), ("data", "score")
+APART = ("vision", "text"), ("train", "vision"), ("data", "vision"), ("train", "inference"), ("data", "score")
 NEVER = {pair for a, b in APART for pair in ((a, b), (b, a))}
 # Third-party modules that only these files may import.
 ONLY_IN = {"mlx_lm": ("compat.py",), "torch": ("demo/bases*.py",), "datasets": ("data/hf.py", "demo/*.py")}
@@ -108,10 +108,10 @@ def test_every_module_has_a_layer() -> None:
         ("model.py", "def f():\n    import mlx_llama3v.checkpoint"),
         ("train/loss.py", "def f():\n    from mlx_llama3v.vision.siglip import VisionTower"),
         ("data/batches.py", "if TYPE_CHECKING:\n    from mlx_llama3v.vision.image import cut"),
-        ("train/loss.py", "from mlx_llama3v.generate import Session"),
+        ("train/loss.py", "from mlx_llama3v.inference import Session"),
         ("checkpoint.py", "import importlib\nimportlib.import_module('mlx_llama3v.train.loss')"),
         ("projector.py", "from mlx_llama3v.weights import convert"),
-        ("generate.py", "from mlx_lm import generate"),
+        ("inference.py", "from mlx_lm import generate"),
         ("weights/siglip.py", "def f():\n    import torch.nn"),
         ("vision/image.py", "def f():\n    print('hello')"),
     ],
@@ -127,8 +127,8 @@ def test_a_breach_is_seen(where: str, source: str) -> None:
         ("embeddings/embed.py", "from mlx_llama3v.vision.encode import Encoder"),
         ("compat.py", "from mlx_lm.models.llama import Model"),
         ("demo/bases_llama.py", "import torch\nprint(torch)"),
-        ("cli/chat.py", "from mlx_llama3v import generate, train\nprint(1)"),
-        ("__init__.py", "from mlx_llama3v.generate import load"),
+        ("cli/chat.py", "from mlx_llama3v import inference, train\nprint(1)"),
+        ("__init__.py", "from mlx_llama3v.inference import load"),
     ],
 )
 def test_what_is_allowed_is_not_reported(where: str, source: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_llama3v.compat import linear_to_lora_layers
-from mlx_llama3v.generate import embed_rows
+from mlx_llama3v.inference import embed_rows
 from mlx_llama3v.model import Llama3V, quantize_decoder
 from mlx_llama3v.text.prompt import FIRST_VISUAL, Message, Rendered, render
 from tests.tiny_model import PLAIN, SPLIT, picture, tiny_model, tiny_tokens

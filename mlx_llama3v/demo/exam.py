@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlx_llama3v.config import Encoded
 from mlx_llama3v.demo.dataset import EXAM_KINDS, Exam
-from mlx_llama3v.generate import Request, batch_generate
+from mlx_llama3v.inference import Request, batch_generate
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.text.prompt import Message
 from mlx_llama3v.text.tokens import Tokens

@@ -14,7 +14,7 @@ from PIL import Image
 from mlx_llama3v import checkpoint
 from mlx_llama3v.config import Encoded, SliceLayout
 from mlx_llama3v.errors import ContextError, ImageError
-from mlx_llama3v.generate import (
+from mlx_llama3v.inference import (
     Answer,
     Request,
     Sampling,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -37,17 +37,21 @@ from mlx_llama3v.vision.encode import Encoder
 Picture = str | Path | bytes | Encoded  # a file, its bytes, or embeddings from a store
 
 
+def _knob(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen; the defaults are greedy."""
 
-    max_tokens: int = 256
-    temp: float = 0.0  # 0: always the likeliest token
-    top_p: float = 1.0
-    top_k: int = 0  # 0: off
-    min_p: float = 0.0
-    repetition_penalty: float | None = None  # over the last 20 tokens
-    seed: int | None = None
+    max_tokens: int = _knob(256, "Longest answer.")
+    temp: float = _knob(0.0, "Temperature; 0 always takes the likeliest token.")
+    top_p: float = _knob(1.0, "Sample from the likeliest tokens that hold this probability.")
+    top_k: int = _knob(0, "Sample from this many tokens; 0: all.")
+    min_p: float = _knob(0.0, "Drop tokens less likely than this share of the likeliest.")
+    repetition_penalty: float | None = _knob(None, "Divide the odds of the last 20 tokens by this.")
+    seed: int | None = _knob(None, "Fixes what is sampled.")
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or self.temp < 0:
