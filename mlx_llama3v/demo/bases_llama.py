@@ -66,7 +66,7 @@ class Trainer:
             hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
             num_key_value_heads=KV_HEADS, vocab_size=len(self.tokenizer), max_position_embeddings=1024,
             rms_norm_eps=1e-5, tie_word_embeddings=True,
-            initializer_range=WIDTH**-0.5,  # 0.02 is for wide models: at this width attention starts too flat to learn look-ups
+            initializer_range=WIDTH**-0.5,  # 0.02 is for wide models: attention would start too flat here
             bos_token_id=self.bos, eos_token_id=[self.end, self.eot],
             rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         )  # fmt: skip
