@@ -5,26 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Iterable
+from importlib import import_module
 
 import typer
 
-from mlx_llama3v.cli import chat, classify, convert, demo, doctor, embed, generate, store, train
 from mlx_llama3v.errors import UserError
 from mlx_llama3v.version import __version__
 
 DEBUG = "LLAMA3V_DEBUG"
-
-app = typer.Typer(
-    name="llama3v-mlx",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    help="Build and run a SigLIP + Llama-3 vision-language model on this machine, offline.\n\n"
-    "convert two checkpoints, embed every picture once, train the projector, train the decoder, chat. "
-    "Start with `llama3v-mlx demo`.",
-)
+COMMANDS = ("convert", "embed", "train", "chat", "generate", "classify", "store", "demo", "doctor")
 
 
 def _version(wanted: bool) -> None:
@@ -33,7 +23,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-@app.callback()
 def options(
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Print the version and stop."
@@ -45,15 +34,32 @@ def options(
         os.environ[DEBUG] = "1"
 
 
-for module in (convert, embed, train, chat, generate, classify, demo, doctor):
-    module.register(app)
-app.add_typer(store.app, name="store")
+def build(commands: Iterable[str] = COMMANDS) -> typer.Typer:
+    """The application with these commands."""
+    app = typer.Typer(
+        name="llama3v-mlx",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="markdown",
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+        help="Build and run a SigLIP + Llama-3 vision-language model on this machine, offline.\n\n"
+        "convert two checkpoints, embed every picture once, train the projector, train the decoder, chat. "
+        "Start with `llama3v-mlx demo`.",
+    )
+    app.callback()(options)
+    for name in commands:
+        import_module(f"mlx_llama3v.cli.{name}").register(app)
+    return app
 
 
 def run() -> None:
     """Run the command line; every expected failure ends in one sentence on stderr and a non-zero status."""
+    words = [word for word in sys.argv[1:] if word == "--version" or not word.startswith("-")]
+    # Importing all commands takes seconds (mlx-lm brings transformers): import the one that is asked for.
+    wanted = [name for name in COMMANDS if words[:1] in ([name], [])]
     try:
-        app()
+        build(wanted if wanted or "--version" in words else COMMANDS)()
     except UserError as error:
         _fail(str(error), error)
     except KeyboardInterrupt:

@@ -12,6 +12,11 @@ from mlx_llama3v.embeddings.store import Store
 
 app = typer.Typer(no_args_is_help=True, help="Look after an embedding store.")
 
+
+def register(parent: typer.Typer) -> None:
+    parent.add_typer(app, name="store")
+
+
 Path_ = Annotated[Path, typer.Argument(metavar="STORE", help="Embedding store (from `embed`).", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_llama3v.cli.app import app, run
+from mlx_llama3v.cli.app import COMMANDS, build, run
 from mlx_llama3v.demo.dataset import DataSet, draw
 from mlx_llama3v.weights import TINY
 from tests.hf_llama import make_llama
@@ -90,11 +90,10 @@ def _picture(world: World) -> Path:
 
 
 def test_help_of_every_command_has_an_example(cli: Cli) -> None:
-    import typer
-
-    group = typer.main.get_command(app)
-    names = [[name] for name in group.commands if name != "store"] + [["store", "info"], ["store", "verify"]]  # type: ignore[attr-defined]
-    assert len(names) >= 9
+    names = [[name] for name in COMMANDS if name != "store"] + [["store", "info"], ["store", "verify"]]
+    assert len(names) >= 10
+    assert all(name in cli("--help").out for name in COMMANDS)
+    assert len(build().registered_commands) == len(COMMANDS) - 1
     for name in names:
         outcome = cli(*name, "--help")
         assert outcome.status == 0 and "Example" in outcome.out, name

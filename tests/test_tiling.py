@@ -116,6 +116,13 @@ def test_known_layouts(size: tuple[int, int]) -> None:
     assert plan(*size, BASE, UHD).layout == KNOWN[size]
 
 
+def test_of_equally_distorted_grids_the_larger_one_is_taken() -> None:
+    """1 : 6 lies between 2 x 8 and 1 x 9 patches, by the same factor."""
+    small = VisionConfig(image_size=32, patch_size=8)
+    assert plan(1, 6, small, UHD).layout.overview == (8, 2)
+    assert plan(6, 1, small, UHD).layout.overview == (2, 8)
+
+
 def test_more_slices_are_used_where_allowed() -> None:
     layouts = [plan(4032, 3024, BASE, TilingConfig(max_slices=n)).layout for n in range(13)]
     assert [layout.rows * layout.cols for layout in layouts] == [0, 0, 2, 2, 4, 4, 6, 6, 8, 9, 9, 10, 12]

@@ -63,7 +63,7 @@ def chats(count: int = 24) -> list[Record]:
 
 
 def settings(stage: str = "pretrain", **over: Any) -> TrainConfig:
-    """Small steps of a small model; not compiled, which takes a C++ compiler seconds."""
+    """Small steps of a small model."""
     values = {
         "iters": 6,
         "batch_size": 4,

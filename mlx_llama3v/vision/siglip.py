@@ -47,10 +47,10 @@ def _gelu_sigmoid(x: mx.array) -> mx.array:
 
 
 def _gelu_tanh(x: mx.array) -> mx.array:
-    """GELU in its tanh form, in place of `nn.gelu_approx` (a power and a tanh an element), within 1e-6 of it.
+    """GELU in its tanh form, within 1e-6 of `nn.gelu_approx`, which takes a power and a tanh an element.
 
     MLX's transcendentals are scalar loops on a CPU and took a quarter of the encoding time there: a ratio of
-    polynomials takes a tenth of it. Elsewhere x sigmoid(2 z), the same function without its cancellation.
+    polynomials takes a tenth of that. Elsewhere x sigmoid(2 z), which is the same and cancels nothing.
     """
     on_cpu = x.dtype == mx.float32 and device_name() == "cpu"
     return _gelu_rational(x) if on_cpu else _gelu_sigmoid(x)
@@ -258,13 +258,13 @@ class SiglipModel(nn.Module):
 def sigmoid_loss(logits_per_text: mx.array, labels: mx.array | None = None) -> mx.array:
     """SigLIP's pairwise loss: each (text, image) pair is a yes/no question of its own.
 
-    logits_per_text [T, I] (the transpose of `SiglipModel.logits`); labels [T, I] bool marks the true pairs,
-    by default the diagonal. Summed over images, averaged over texts.
+    logits_per_text [T, I] (the transpose of `SiglipModel.logits`); labels [T, I] are 1 for pairs that belong
+    together, -1 for those that do not, 0 for those that nobody knows (no loss); by default the diagonal belongs
+    together. Summed over all pairs, divided by the number of images.
     """
-    if labels is None:
-        labels = mx.eye(logits_per_text.shape[0], logits_per_text.shape[1])
-    sign = mx.where(labels.astype(mx.bool_), 1.0, -1.0)
-    return -nn.log_sigmoid(sign * logits_per_text).sum(axis=-1).mean()
+    texts, images = logits_per_text.shape
+    labels = 2 * mx.eye(texts, images) - 1 if labels is None else labels
+    return -(nn.log_sigmoid(labels * logits_per_text) * mx.abs(labels)).sum() / images
 
 
 def position_table(tower: VisionTower, grid: Grid) -> mx.array:

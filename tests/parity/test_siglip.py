@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ import transformers
 
 from mlx_llama3v.config import SiglipTextConfig, VisionConfig, known
 from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.vision import siglip
 from mlx_llama3v.vision.encode import patchify
 from mlx_llama3v.vision.siglip import (
     SiglipModel,
@@ -141,6 +143,18 @@ def test_twin_the_other_gelu_is_noticed(checkpoint: Path) -> None:
     for block in tower.encoder.layers:
         block.mlp.activation = nn.gelu
     assert mx.abs(tower(patches, positions) - right).max().item() > TOLERANCE
+
+
+@pytest.mark.parametrize("form", [siglip._gelu_rational, siglip._gelu_sigmoid, siglip._gelu_tanh])
+def test_both_forms_of_the_tanh_gelu(form: Callable[[mx.array], mx.array]) -> None:
+    x = np.concatenate([np.linspace(-15, 15, 30_001), [-1e4, -300, 300, 1e4]]).astype(np.float32)
+    exact = torch.from_numpy(x).double().requires_grad_()
+    want = torch.nn.functional.gelu(exact, approximate="tanh")
+    want.sum().backward()
+    values, slopes = mx.value_and_grad(lambda at: form(at).sum())(mx.array(x))
+    assert (np.abs(np.array(form(mx.array(x))) - want.detach().numpy()) <= 1e-6 + 1e-7 * np.abs(x)).all()
+    assert np.abs(np.array(slopes) - exact.grad.numpy()).max() <= 1e-5
+    assert np.isfinite(values.item())
 
 
 def test_layer_choice_counts_from_both_ends(checkpoint: Path) -> None:
@@ -287,8 +301,7 @@ def test_unknown_activation_is_refused() -> None:
 def test_sigmoid_loss_with_labels() -> None:
     """Several true images a text: the written-out sum over pairs."""
     logits = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
-    labels = np.array([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1]], bool)
-    sign = np.where(labels, 1, -1)
-    want = -np.log(1 / (1 + np.exp(-sign * logits))).sum(axis=1).mean()
+    labels = np.array([[1, 1, -1, 0], [-1, 1, -1, 0], [-1, -1, 1, 1]], np.float32)
+    want = (-np.log(1 / (1 + np.exp(-labels * logits))) * np.abs(labels)).sum() / 4
     assert sigmoid_loss(mx.array(logits), mx.array(labels)).item() == pytest.approx(want, rel=1e-5)
     assert sigmoid_loss(mx.array(logits)).item() != pytest.approx(want, rel=1e-3)
