@@ -152,4 +152,4 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.a
         mask = mask[:, :, None]
     if mask is not None:
         scores = mx.where(mask, scores, -1e9) if mask.dtype == mx.bool_ else scores + mask
-    return (softmax(scores) @ v[:, :, None]).reshape(B, H, L, -1)
+    return mx.matmul(softmax(scores), v[:, :, None]).reshape(B, H, L, -1)

@@ -36,7 +36,9 @@ def assert_same(ours: Callable[..., Any], theirs: Callable[..., Any], *values: m
 def test_exp() -> None:
     x = -mx.abs(X)
     found, expected = np.array(fast.exp_negative(x)), np.exp(np.array(x, np.float64))
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-37)
+    np.testing.assert_allclose(found, expected, rtol=4e-6, atol=1e-37)
+    near = np.array(x) > -8
+    np.testing.assert_allclose(found[near], expected[near], rtol=5e-7)
     assert float(fast.exp_negative(mx.array(0.0))) == 1
 
 
