@@ -14,15 +14,16 @@ from mlx_llama3v.config import ProjectorConfig, SliceLayout
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.projector import Projector, average, pack, patch_positions, sincos_positions
 from mlx_llama3v.text.prompt import FIRST_VISUAL
-from tests.tiny_model import PLAIN, SPLIT, picture
+from tests.tiny_model import PLAIN, SPLIT, awake, picture
 
 KINDS = ("attention", "linear", "mlp")
+
 GRIDS = [(5, 7), (3, 3), (1, 4), (7, 2), (1, 1)]
 
 
 def make(kind: str = "attention", pool: int = 3, seed: int = 0) -> Projector:
     mx.random.seed(seed)
-    return Projector(ProjectorConfig(kind, 12, 20, hidden_dim=16, num_heads=2, pool=pool))
+    return awake(Projector(ProjectorConfig(kind, 12, 20, hidden_dim=16, num_heads=2, pool=pool)))
 
 
 def run(projector: Projector, kind: str, grids, slices, pad: int = 0, pool: int = 3) -> list[np.ndarray]:
@@ -171,3 +172,15 @@ def test_pack_keeps_every_token_findable() -> None:
     local = np.array([0, 3, FIRST_VISUAL, FIRST_VISUAL + 6], np.int32)
     assert slices.place(2, local).tolist() == [0, 3, FIRST_VISUAL + 40, FIRST_VISUAL + 48]
     assert pack([[], []], config) is None
+
+
+def test_a_fresh_block_is_the_identity() -> None:
+    """So that the projector starts as a linear one; awake, it is not."""
+    patches = mx.array(np.random.default_rng(0).normal(size=(1, 9, 12)).astype(np.float32))
+    grid = mx.array([[3, 3]])
+    fresh = Projector(ProjectorConfig("attention", 12, 20, hidden_dim=16, num_heads=2, pool=3))
+    block = fresh.body.blocks[0]
+    hidden = mx.random.normal((1, 9, 16))
+    assert mx.array_equal(block(hidden, mx.ones((1, 1, 1, 9), mx.bool_)), hidden)
+    before = fresh(patches, grid, 1)
+    assert not mx.allclose(awake(fresh)(patches, grid, 1), before)

@@ -10,6 +10,7 @@ from mlx.utils import tree_map
 
 from mlx_llama3v.config import Encoded, ModelConfig, ProjectorConfig, SliceLayout, VisionConfig, llama_config
 from mlx_llama3v.model import Llama3V
+from mlx_llama3v.projector import Projector
 from mlx_llama3v.text.tokens import Tokens
 from tests.hf_llama import LLAMA3_SCALING, tiny_tokenizer
 
@@ -37,10 +38,23 @@ def tiny_config(kind: str = "attention", **text: Any) -> ModelConfig:
     return ModelConfig(VISION, llama_config(llama), projector)
 
 
+def awake(projector: Projector) -> Projector:
+    """Give the zero matrices of fresh blocks random values: a block that is the identity hides its faults."""
+
+    def filled(w: mx.array) -> mx.array:
+        if w.ndim == 2 and not mx.any(w).item():
+            return mx.random.uniform(-1, 1, w.shape) * w.shape[1] ** -0.5
+        return w
+
+    projector.update(tree_map(filled, projector.parameters()))
+    return projector
+
+
 def tiny_model(kind: str = "attention", *, seed: int = 0, scale: float = 2.0, **text: Any) -> Llama3V:
     """A model of `tiny_config` with all weights enlarged by `scale`, markers to unit size."""
     mx.random.seed(seed)
     model = Llama3V(tiny_config(kind, **text))
+    awake(model.projector)
     model.update(tree_map(lambda w: w * scale if w.ndim > 1 else w, model.parameters()))
     embedding = model.language_model.model.embed_tokens
     embedding.weight = mx.random.normal(embedding.weight.shape)
