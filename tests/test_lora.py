@@ -58,15 +58,16 @@ def test_full_tuning_trains_the_decoder_alone() -> None:
     assert {f"language_model.{name}" for name in parameters(model.language_model)} == learns.shapes.keys()
 
 
-def test_what_learns_is_float32() -> None:
+@pytest.mark.parametrize(("tune", "states"), [("lora", mx.bfloat16), ("dora", mx.bfloat16), ("full", mx.float32)])
+def test_what_learns_is_float32(tune: str, states: mx.Dtype) -> None:
     model = tiny_model()
     model.language_model.set_dtype(mx.bfloat16)
-    prepare(model, settings("sft"))
+    prepare(model, settings("sft", tune=tune))
     learned = dict(tree_flatten(model.trainable_parameters()))
     assert {value.dtype for value in learned.values()} == {mx.float32}
-    assert model.layers[0].mlp.up_proj.linear.weight.dtype == mx.bfloat16
-    states = model.hidden(mx.array([[1, 2, 3]]))
-    assert states.dtype == mx.bfloat16
+    assert model.hidden(mx.array([[1, 2, 3]])).dtype == states
+    frozen = {name: value.dtype for name, value in parameters(model.language_model).items()}
+    assert tune == "full" or frozen["model.layers.0.mlp.up_proj.linear.weight"] == mx.bfloat16
 
 
 def test_a_fresh_adapter_changes_nothing() -> None:

@@ -1,6 +1,6 @@
 """A training run of seconds: random pictures in a store, a tiny model, records whose answers name the picture.
 
-`python -m tests.tiny_run RUN_DIR STORE STAGE` trains in a process of its own, so that it can be killed.
+`python -m tests.tiny_run RUN_DIR STORE` trains in a process of its own, so that it can be killed.
 """
 
 from __future__ import annotations
@@ -82,6 +82,11 @@ def run(config: TrainConfig, store: Store, path: Path, **over: Any) -> TrainResu
     return train(config, model, tiny_tokens(), store, records, path, **over)
 
 
+def long_settings() -> TrainConfig:
+    """Long enough to be killed on the way, with dropout, so that the random state matters."""
+    return settings("sft", lora_dropout=0.2, iters=40, keep=50)
+
+
 if __name__ == "__main__":
-    run_dir, store_dir, stage = sys.argv[1:]
-    run(settings(stage, lora_dropout=0.2, iters=40, keep=50), Store(store_dir), Path(run_dir), resume=True)
+    run_dir, store_dir = sys.argv[1:]
+    run(long_settings(), Store(store_dir), Path(run_dir))

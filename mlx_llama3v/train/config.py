@@ -12,6 +12,7 @@ from typing import Any
 
 from mlx_llama3v.errors import RunError
 from mlx_llama3v.platform import device_name
+from mlx_llama3v.train.lanes import default_lanes
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class TrainConfig:
     steps_per_report: int = _knob(10, "Steps between reports.", low=1)
     save_every: int = _knob(200, "Steps between checkpoints; 0: none.")
     keep: int = _knob(2, "Checkpoints that are kept.", low=1)
+    lanes: int = _knob(0, "Parts of a batch computed side by side [default: cores of a CPU, 1 on a GPU].")
     compile: bool | None = _knob(
         None, "Compile the training step [default: not on a CPU].", flags=["--compile/--no-compile"]
     )
@@ -78,7 +80,8 @@ class TrainConfig:
         rate = STAGES[self.stage].learning_rate if self.learning_rate is None else self.learning_rate
         # On a CPU nothing is gained but a C++ compiler's run, and fixed shapes cost padding.
         compiled = device_name() != "cpu" if self.compile is None else self.compile
-        return replace(self, learning_rate=rate, compile=compiled)
+        lanes = 1 if compiled else self.lanes or default_lanes(self.batch_size)
+        return replace(self, learning_rate=rate, compile=compiled, lanes=lanes)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

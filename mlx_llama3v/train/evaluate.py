@@ -68,7 +68,7 @@ class Evaluator:
         """Mean over all targets of `rows`; None without rows."""
         total, count = 0.0, 0.0
         for picked in order([len(row) for row in rows], self._config.batch_size, 0, 0):
-            batch = collate([rows[i] for i in picked], self._store, self._model.config)
+            batch = collate([rows[i] for i in picked], self._store, self._model.config, pad_to=4)
             vectors = self._model.embed(batch.ids, batch.source, batch.patches, batch.grid, batch.num_tokens)
             loss = loss_sum(self._model, batch.ids, vectors, batch.targets, batch.supervised, batch.picks)
             targets = weights(batch.supervised, batch.picks).sum()

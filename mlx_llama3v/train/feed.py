@@ -27,6 +27,7 @@ class Feed:
         self._rows, self._store, self._model, self._config = rows, store, model, config
         # A compiled step wants few shapes; without, what pads least is best.
         self._pad_to = 32 if config.compile else 4
+        self._lanes = max(1, config.lanes)
         self._accumulate = config.grad_accumulation_steps
         self.per_epoch = -(-len(rows) // config.batch_size)
         self.total = config.iters * self._accumulate or config.epochs * self.per_epoch
@@ -37,19 +38,27 @@ class Feed:
         """The first batch of `step`; the last step may have fewer batches than the others."""
         return min(step * self._accumulate, self.total)
 
-    def batches(self, step: int) -> Generator[Batch, None, None]:
-        """All batches from `step` on. Close it when done: a thread reads ahead. Raises StoreError."""
-        waiting: deque[Future[Batch]] = deque()
+    def batches(self, step: int) -> Generator[list[Batch], None, None]:
+        """All batches from `step` on, each in `config.lanes` parts; close it when done, a thread reads ahead.
+
+        Raises StoreError.
+        """
+        waiting: deque[Future[list[Batch]]] = deque()
         pool = ThreadPoolExecutor(1, "batches")
         try:
             for number in range(self.first(step), self.total):
-                waiting.append(pool.submit(collate, self._pick(number), self._store, self._model, self._pad_to))
+                waiting.append(pool.submit(self._collate, self._pick(number)))
                 if len(waiting) > _AHEAD:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _collate(self, rows: list[Row]) -> list[Batch]:
+        """The parts have like lengths: the rows of a batch are sorted, and dealt in turn."""
+        parts = [rows[lane :: self._lanes] for lane in range(self._lanes)]
+        return [collate(part, self._store, self._model, self._pad_to) for part in parts if part]
 
     def _pick(self, number: int) -> list[Row]:
         epoch, place = divmod(number, self.per_epoch)

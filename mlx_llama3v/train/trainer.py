@@ -34,6 +34,7 @@ from mlx_llama3v.train import resume as checkpointing
 from mlx_llama3v.train.config import STAGES, TrainConfig
 from mlx_llama3v.train.evaluate import Evaluator, hold_out
 from mlx_llama3v.train.feed import Feed
+from mlx_llama3v.train.lanes import lanes
 from mlx_llama3v.train.lora import Trainable, adapter_weights, prepare
 from mlx_llama3v.train.optim import adamw, learning_rate
 from mlx_llama3v.train.report import METRICS, Callbacks, Evaluation, Metrics, Progress, Start, Window, plot
@@ -132,8 +133,8 @@ class _Run:
         if self.callbacks.started:
             self.callbacks.started(self._start(done))
         self.model.train()
-        with closing(self.feed.batches(done)) as batches:
-            self._loop(done, batches)
+        with closing(self.feed.batches(done)) as batches, lanes(self.config.lanes) as streams:
+            self._loop(done, batches, streams)
         self.model.eval()
         self._write_weights()
         plot(self.metrics, self.path / "loss.png", f"{self.config.stage}: {self.trainable.count:,} parameters")
@@ -204,12 +205,12 @@ class _Run:
             sample=self.sample,
         )
 
-    def _loop(self, done: int, batches: Iterator[Batch]) -> None:
+    def _loop(self, done: int, batches: Iterator[list[Batch]], streams: list[mx.Stream]) -> None:
         config, steps = self.config, self.feed.steps
         step = Step(self.model, self.optimizer, config.clip, bool(config.compile))
         for number in range(done, steps):
             rate = learning_rate(number, steps, config.learning_rate or 0.0, config.warmup, config.min_learning_rate)
-            self._step(step, number, batches, rate)
+            self._step(step, number, batches, streams, rate)
             now, last = number + 1, number + 1 == steps
             if last or now % config.steps_per_report == 0:
                 self._report(now, rate)
@@ -218,17 +219,21 @@ class _Run:
             if config.save_every and (last or now % config.save_every == 0):
                 self._save(now)
 
-    def _step(self, step: Step, number: int, batches: Iterator[Batch], rate: float) -> None:
+    def _step(
+        self, step: Step, number: int, batches: Iterator[list[Batch]], streams: list[mx.Stream], rate: float
+    ) -> None:
         """One optimizer step over its batches: a sum of gradients, divided once by the number of targets."""
         window, started = self.window, time.perf_counter()
         total: Any = None
         ids: list[str] = []
-        for batch in islice(batches, self.feed.first(number + 1) - self.feed.first(number)):
-            found = step.gradients(batch)
-            total = found if total is None else add(total, found)
-            mx.async_eval(total)
-            ids += batch.row_ids
-            window.see(batch)
+        for parts in islice(batches, self.feed.first(number + 1) - self.feed.first(number)):
+            for part, stream in zip(parts, streams, strict=False):
+                with mx.stream(stream):
+                    found = step.gradients(part)
+                    mx.async_eval(found)
+                total = found if total is None else add(total, found)
+                ids += part.row_ids
+                window.see(part)
         loss, count, gradients = total
         norm = step.update(gradients, count, rate)
         mx.eval(self.model.state, self.optimizer.state, loss, count, norm)
