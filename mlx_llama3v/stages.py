@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_llama3v.checkpoint import load_config, load_model, load_run, load_tower, resolve
-from mlx_llama3v.config import TilingConfig
+from mlx_llama3v.config import ModelConfig, TilingConfig
 from mlx_llama3v.data.llava import folder_images, image_paths, read_records
 from mlx_llama3v.data.records import Problem
 from mlx_llama3v.embeddings.embed import EmbedProgress, EmbedSummary, embed_images
@@ -93,7 +93,7 @@ def train_stage(
     path = resolve(model, offline=offline)
     model_config = load_config(path)
     store = Store(embeddings)
-    _check_store(store, embeddings, model_config.vision_config.hidden_size, path)
+    _check_store(store, embeddings, model_config, path)
     if config.stage == "sft" and projector is None:
         raise RunError("stage sft keeps the projector frozen; give a trained one with --projector RUN.")
     records = read_records(data)
@@ -119,9 +119,19 @@ def train_stage(
     return replace(result, problems=(*records.problems, *result.problems))
 
 
-def _check_store(store: Store, path: Path, width: int, model: Path) -> None:
-    """Refuse embeddings of another tower before anything is loaded. (Their weights were hashed by `embed`.)"""
+def _check_store(store: Store, path: Path, config: ModelConfig, model: Path) -> None:
+    """Refuse embeddings of another tower, layer or pixel preprocessing, without loading the tower.
+
+    The tower's weights are not compared: that would mean to read and hash them, which `embed` did.
+    """
     if len(store) == 0:
         raise StoreError(f"{path} is an empty store; run `llama3v-mlx embed` first.")
-    if store.width != width:
-        raise StoreError(f"{path} holds vectors of width {store.width}, but the tower of {model} gives {width}.")
+    expected = {
+        "layer": config.vision_feature_layer,
+        "vision": asdict(config.vision_config),
+        "image": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config.image).items()},
+    }
+    for key, value in expected.items():
+        found = store.fingerprint.get(key)
+        if found != value:
+            raise StoreError(f"{path} was made with {key} {found}, but {model} has {value}; embed with that model.")

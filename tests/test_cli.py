@@ -243,6 +243,11 @@ def test_train_mistakes(cli: Cli, world: World, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps(strangers))
     refused(cli(*base, "--data", tmp_path / "x.json", "--embeddings", world.store), "x.json")
     refused(_train(cli, world, output, "--projector", tmp_path / "none", stage="sft"), "none")
+    refused(_train(cli, world, output, stage="sft"), "--projector")
+    make_siglip(tmp_path / "other")
+    cli("convert", "--vision", tmp_path / "other", "--llm", TINY / "llama", "--mlx-path", tmp_path / "m")
+    base = ("train", "--model", tmp_path / "m", "--output", output)
+    refused(cli(*base, "--data", world.data.captions, "--embeddings", world.store), str(world.store), "vision")
 
 
 # --- generate, chat, classify
