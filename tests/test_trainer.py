@@ -69,7 +69,7 @@ def test_sft_learns_and_leaves_all_else_as_it_was(tune: str, store: Store, tmp_p
     assert losses[-1] < 0.85 * losses[0]
 
 
-@pytest.mark.parametrize(("stage", "tune"), [("pretrain", "lora"), ("sft", "lora"), ("sft", "dora")])
+@pytest.mark.parametrize(("stage", "tune"), [("pretrain", "lora"), ("sft", "lora"), ("sft", "dora"), ("sft", "full")])
 def test_a_run_is_loaded_as_it_was_trained(stage: str, tune: str, store: Store, tmp_path: Path) -> None:
     model = tiny_model(scale=1.0)
     run(settings(stage, tune=tune, learning_rate=1e-2), store, tmp_path / "run", model=model)
@@ -251,6 +251,13 @@ def test_text_alone_can_be_trained_on(store: Store, tmp_path: Path) -> None:
     records = [Record(f"text-{i}", (), messages) for i in range(8)]
     result = run(settings("sft", val_split=0.4), store, tmp_path / "run", records=records)
     assert result.evaluation is not None and result.evaluation.eval_shuffled is None
+
+
+def test_held_out_rows_that_make_no_row_are_counted(store: Store, tmp_path: Path) -> None:
+    records = [replace(record, images=("gone.png",)) if n % 4 == 0 else record for n, record in enumerate(captions())]
+    result = run(settings(val_split=0.5, iters=1), store, tmp_path / "run", records=records)
+    assert {problem.where for problem in result.problems} == {f"record row-{n}" for n in range(0, 24, 4)}
+    assert result.rows < 18
 
 
 @pytest.mark.parametrize(

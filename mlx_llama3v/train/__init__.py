@@ -1,0 +1,1 @@
+"""Training: one loop, two stages, on the stored embeddings alone."""

@@ -14,7 +14,7 @@ from hashlib import sha256
 import mlx.core as mx
 
 from mlx_llama3v.data.batches import Row, build_rows, collate, order
-from mlx_llama3v.data.records import Record
+from mlx_llama3v.data.records import Problem, Record
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.text.prompt import render
@@ -36,22 +36,28 @@ def hold_out(records: Sequence[Record], share: float) -> tuple[list[Record], lis
 
 
 class Evaluator:
-    """Held-out rows, laid out once in three ways."""
+    """Held-out rows, laid out once in three ways.
+
+    Attributes:
+        rows: as they are, at most `config.val_rows`.
+        problems: of all held-out records that make no row.
+    """
 
     def __init__(
         self, records: Sequence[Record], store: Store, tokens: Tokens, model: Llama3V, config: TrainConfig
     ) -> None:
         self._model, self._store, self._config = model, store, config
 
-        def rows(records: Sequence[Record]) -> list[Row]:
+        def rows(records: Sequence[Record]) -> tuple[list[Row], list[Problem]]:
             projector = model.config.projector_config
-            return build_rows(records, store, tokens, projector, config.max_seq_length, config.stage)[0]
+            return build_rows(records, store, tokens, projector, config.max_seq_length, config.stage)
 
-        usable = {row.id for row in rows(records)}
-        records = [record for record in records if record.id in usable][: config.val_rows]
+        usable, self.problems = rows(records)
+        self.rows = usable[: config.val_rows]
+        ids = {row.id for row in self.rows}
+        records = [record for record in records if record.id in ids]
         pictured = any(record.images for record in records)
-        self.rows = rows(records)
-        self._shuffled = rows(shuffled(records)) if pictured else []
+        self._shuffled = rows(shuffled(records))[0] if pictured else []
         self._blind = [blind(record, tokens, model, config) for record in records] if pictured else []
 
     def run(self, step: int) -> Evaluation:

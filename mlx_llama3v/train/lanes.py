@@ -1,8 +1,8 @@
 """Parts of a batch computed side by side on the cores of a CPU.
 
 MLX runs the operations of a CPU stream one after the other, most of them on one core; only matrix products use
-more. So a batch is cut into parts, each on a stream of its own with one BLAS thread: 1.6 times as fast on two cores
-(gradients are sums, so the parts add up). A GPU has one lane, the whole batch.
+more. So a batch is cut into parts, each on a stream of its own with one BLAS thread: about 1.5 times as fast on two
+cores (gradients are sums, so the parts add up). A GPU has one lane, the whole batch.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +106,11 @@ class _Run:
         self.rows, problems = build_rows(
             used, store, tokens, model.config.projector_config, config.max_seq_length, config.stage
         )
-        self.problems = tuple(problems)
         if not self.rows:
             why = f"the first: {problems[0]}" if problems else "there is none"
             raise DataError(f"none of {len(used)} records can be trained on; {why}.")
-        self.evaluator = Evaluator(held_out, store, tokens, model, config) if held_out else None
+        self.evaluator = Evaluator(held_out, store, tokens, model, config)
+        self.problems = (*problems, *self.evaluator.problems)
         self.feed = Feed(self.rows, store, model.config, config)
         self.sample = tuple(describe(self.rows[0].rendered, tokens))
         self.window = Window()
@@ -181,7 +181,7 @@ class _Run:
 
     def _describe(self, notes: Mapping[str, Any]) -> dict[str, Any]:
         """config.json: every resolved setting, and what the run was made of and on."""
-        held_out = len(self.evaluator.rows) if self.evaluator else 0
+        held_out = len(self.evaluator.rows)
         return {
             **notes,
             "train": self.config.to_dict(),
@@ -196,7 +196,7 @@ class _Run:
     def _start(self, done: int) -> Start:
         return Start(
             rows=len(self.rows),
-            held_out=len(self.evaluator.rows) if self.evaluator else 0,
+            held_out=len(self.evaluator.rows),
             problems=self.problems,
             longest=max(map(len, self.rows)),
             steps=self.feed.steps,
@@ -214,7 +214,7 @@ class _Run:
             now, last = number + 1, number + 1 == steps
             if last or now % config.steps_per_report == 0:
                 self._report(now, rate)
-            if self.evaluator and (last or (config.steps_per_eval and now % config.steps_per_eval == 0)):
+            if self.evaluator.rows and (last or (config.steps_per_eval and now % config.steps_per_eval == 0)):
                 self._evaluate(now)
             if config.save_every and (last or now % config.save_every == 0):
                 self._save(now)
@@ -225,23 +225,24 @@ class _Run:
         """One optimizer step over its batches: a sum of gradients, divided once by the number of targets."""
         window, started = self.window, time.perf_counter()
         total: Any = None
-        ids: list[str] = []
+        seen: list[tuple[mx.array, tuple[str, ...]]] = []
         for parts in islice(batches, self.feed.first(number + 1) - self.feed.first(number)):
             for part, stream in zip(parts, streams, strict=False):
                 with mx.stream(stream):
                     found = step.gradients(part)
                     mx.async_eval(found)
                 total = found if total is None else add(total, found)
-                ids += part.row_ids
+                seen.append((found[0], part.row_ids))
                 window.see(part)
         loss, count, gradients = total
         norm = step.update(gradients, count, rate)
         mx.eval(self.model.state, self.optimizer.state, loss, count, norm)
         window.add(float(loss), float(count), float(norm), time.perf_counter() - started)
         if not math.isfinite(float(loss) + float(norm)):
+            bad = [ids for value, ids in seen if not math.isfinite(float(value))] or [ids for _, ids in seen]
             raise RunError(
                 f"step {number + 1}: the loss is {float(loss) / float(count):.4g}, the norm of its gradient "
-                f"{float(norm):.4g}, on the rows {', '.join(ids)}; look at these, or lower the learning rate."
+                f"{float(norm):.4g}, on the rows {', '.join(chain(*bad))}; look at these, or lower the learning rate."
             )
 
     def _report(self, now: int, rate: float) -> None:
@@ -253,7 +254,6 @@ class _Run:
             self.callbacks.progress(self.last)
 
     def _evaluate(self, now: int) -> None:
-        assert self.evaluator
         self.evaluation = self.evaluator.run(now)
         self.metrics.add(self.evaluation)
         if self.callbacks.evaluated:
