@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,7 +69,9 @@ def print_result(result: DemoResult) -> None:
         f"{result.sft}/loss.png, {out}/gallery.png, {out}/demo.json"
     )
     show.out.print(f"Done in {show.duration(result.seconds)}. Next:\n")
-    show.out.print(f"  llama3v-mlx chat --model {result.model} --run {result.sft} --image {first}")
+    # After `make demo` the executable is in .venv/bin, which is on nobody's PATH.
+    program = "llama3v-mlx" if shutil.which("llama3v-mlx") else sys.argv[0]
+    show.out.print(f"  {program} chat --model {result.model} --run {result.sft} --image {first}")
     show.out.print(
-        f"  llama3v-mlx classify --model {result.model} --image {first} --text 'a red circle' --text 'a chart'"
+        f"  {program} classify --model {result.model} --image {first} --text 'a red circle' --text 'a chart'"
     )
