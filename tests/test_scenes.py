@@ -88,7 +88,7 @@ def test_a_sign_lies_in_one_tile_and_is_small_in_the_overview() -> None:
 
 
 def test_facts_are_true_of_their_scene_only() -> None:
-    red_circle = [scene for scene in _sample(400, "shapes") if "a red circle" in scenes.thing_facts(scene)]
+    red_circle = [scene for scene in _sample(400, "shapes") if "a red circle" in scenes.facts(scene)]
     assert red_circle
     for scene in red_circle:
         assert any(thing.colour == "red" and thing.shape == "circle" for thing in scene.things)

@@ -15,53 +15,21 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoTokenizer, SiglipConfig, SiglipModel
 
-from mlx_llama3v.config import ImageConfig, TilingConfig, VisionConfig
 from mlx_llama3v.demo import scenes
-from mlx_llama3v.demo.draw import render, sign_box
-from mlx_llama3v.demo.scenes import SIDE, Scene
+from mlx_llama3v.demo.pairs import PATCH, Seen, batch, choose_texts, statements, truth_matrix
+from mlx_llama3v.demo.scenes import SIDE
 from mlx_llama3v.demo.tokenizers import SIGLIP_LENGTH, write_siglip_tokenizer
-from mlx_llama3v.vision.image import cut
-from mlx_llama3v.vision.tiling import Plan, plan
 
 WIDTH, LAYERS, HEADS, MLP = 128, 6, 4, 384
 TEXT_LAYERS, TEXT_MLP = 2, 256
-PATCH = 8
-VISION = VisionConfig(
-    hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-    image_size=SIDE, patch_size=PATCH,
-)  # fmt: skip
-TILING = TilingConfig()
-
-
-class Seen(NamedTuple):
-    """One training picture: pixels [H, W, 3], its true statements, and which families of statements it decides."""
-
-    pixels: np.ndarray
-    facts: frozenset[str]
-    families: frozenset[str]
-
-
-FAMILIES = {"things": scenes.thing_facts, "prints": scenes.print_facts, "bars": scenes.bar_facts}
-
-
-def all_facts() -> dict[str, str]:
-    """Every statement there is -> its family. Found by drawing lots of scenes: the sampler is the one source."""
-    rng = Random(0)
-    found: dict[str, str] = {}
-    for _ in range(60_000):
-        scene = scenes.sample(rng)
-        for family, facts in FAMILIES.items():
-            found.update(dict.fromkeys(facts(scene), family))
-    return dict(sorted(found.items()))
 
 
 def config() -> SiglipConfig:
@@ -85,84 +53,31 @@ def loss_terms(logits_per_text: torch.Tensor, truth: torch.Tensor) -> torch.Tens
     return -(torch.nn.functional.logsigmoid(logits_per_text * truth) * truth.abs()).sum() / truth.shape[1]
 
 
-def _small_scenes(rng: Random, count: int) -> list[Seen]:
-    """Whole pictures of one common shape, area at most the tower's own or a little above."""
-    area, aspect = SIDE**2 * rng.choice((rng.uniform(0.5, 1), 1, 1, 1.7)), 2 ** rng.uniform(-0.55, 0.55)
-    size = {"width": round((area * aspect) ** 0.5), "height": round((area / aspect) ** 0.5)}
-    kinds = rng.choices(("shapes", "print", "chart"), weights=(4, 5, 2), k=count)
-    found = [replace(scenes.sample(rng, kind), **size) for kind in kinds]
-    return [_seen(scene, _plan(scene), 0, frozenset(FAMILIES)) for scene in found]
+def look(model: SiglipModel, pictures: list[Seen]) -> torch.Tensor:
+    """Embeddings of every view of pictures of one shape [V, width], in order: the tower once a picture, then its own
+    pooling head once a view over the patches that the view has. For a whole picture that is `pooler_output`."""
+    tower = model.vision_model
+    pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures])).permute(0, 3, 1, 2)
+    hidden = tower(pixels, interpolate_pos_encoding=True).last_hidden_state
+    most = max(len(picture.views) for picture in pictures)
+    seen = torch.ones(len(pictures), most, hidden.shape[1], dtype=torch.bool)
+    exists = torch.zeros(len(pictures), most, dtype=torch.bool)
+    for index, picture in enumerate(pictures):
+        seen[index, : len(picture.views)] = torch.from_numpy(np.stack([view.seen for view in picture.views]))
+        exists[index, : len(picture.views)] = True
+    head = tower.head
+    q_weight, k_weight, v_weight = head.attention.in_proj_weight.chunk(3)
+    q_bias, k_bias, v_bias = head.attention.in_proj_bias.chunk(3)
 
+    def heads(x: torch.Tensor) -> torch.Tensor:
+        return x.float().unflatten(-1, (HEADS, -1)).transpose(1, 2)
 
-def _sign_scenes(rng: Random, count: int) -> list[Seen]:
-    """Overviews, or tiles, of large pictures of one common shape."""
-    first = scenes.sample(rng, "sign")
-    found = [replace(scenes.sample(rng, "sign"), width=first.width, height=first.height) for _ in range(count)]
-    layout = _plan(first)
-    if rng.random() < 0.3:
-        return [_seen(scene, layout, 0, frozenset({"things", "bars"})) for scene in found]
-    return [_tile(scene, layout, rng) for scene in found]
-
-
-def _tile(scene: Scene, layout: Plan, rng: Random) -> Seen:
-    """The tile with the sign, mostly; else any tile, of which it is known only that nothing is printed on it."""
-    rows, cols = layout.layout.rows, layout.layout.cols
-    x0, y0, x1, y1 = sign_box(scene)
-    holder = int(y0 * rows / scene.height) * cols + int(x0 * cols / scene.width)
-    whole = holder == int(y1 * rows / scene.height) * cols + int(x1 * cols / scene.width)
-    index = holder if whole and rng.random() < 0.8 else rng.randrange(rows * cols)
-    if index != holder:
-        scene_facts = frozenset[str]()
-    elif whole:
-        scene_facts = frozenset(scenes.print_facts(scene))
-    else:  # the sign is cut in two: say nothing about print
-        return _seen(scene, layout, index + 1, frozenset({"bars"}))
-    return _seen(scene, layout, index + 1, frozenset({"prints", "bars"}), scene_facts)
-
-
-def _plan(scene: Scene) -> Plan:
-    return plan(scene.width, scene.height, VISION, TILING)
-
-
-def _seen(
-    scene: Scene, layout: Plan, index: int, families: frozenset[str], facts: frozenset[str] | None = None
-) -> Seen:
-    if facts is None:
-        facts = frozenset().union(*(FAMILIES[family](scene) for family in families))
-    return Seen(cut(render(scene), layout, ImageConfig())[index], facts, families)
-
-
-def batch(seed: int, step: int, small: int, large: int) -> list[list[Seen]]:
-    """Two groups, each of one picture shape; a pure function of its arguments."""
-    rng = Random(f"{seed}-{step}")
-    return [_small_scenes(rng, small), _sign_scenes(rng, large)]
-
-
-def choose_texts(rng: Random, seen: list[Seen], facts: dict[str, str], limit: int) -> list[tuple[str, ...]]:
-    """Statements to score: some true ones of every picture, pairs of true ones, and random others."""
-    texts: dict[tuple[str, ...], None] = {}
-    for picture in seen:
-        true = sorted(picture.facts)
-        for fact in rng.sample(true, min(3, len(true))):
-            texts[(fact,)] = None
-        if len(true) > 1 and rng.random() < 0.3:
-            texts[tuple(rng.sample(true, 2))] = None
-    chosen = list(texts)
-    rng.shuffle(chosen)
-    others = [(fact,) for fact in rng.sample(list(facts), limit // 4)]
-    return list(dict.fromkeys([*chosen[: limit - len(others)], *others]))
-
-
-def truth_matrix(texts: list[tuple[str, ...]], seen: list[Seen], facts: dict[str, str]) -> np.ndarray:
-    """[T, I] of 1 (true), -1 (false), 0 (the picture does not decide it)."""
-    columns = []
-    for picture in seen:
-        column = []
-        for text in texts:
-            known = all(facts[part] in picture.families for part in text)
-            column.append((1 if all(part in picture.facts for part in text) else -1) if known else 0)
-        columns.append(column)
-    return np.array(columns, dtype=np.float32).T
+    linear = torch.nn.functional.linear
+    q = heads(linear(head.probe, q_weight, q_bias)).expand(len(pictures), -1, most, -1)
+    k, v = heads(linear(hidden, k_weight, k_bias)), heads(linear(hidden, v_weight, v_bias))
+    pooled = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None])
+    pooled = head.attention.out_proj(pooled.transpose(1, 2).flatten(2)[exists])
+    return pooled + head.mlp(head.layernorm(pooled))
 
 
 class Trainer:
@@ -170,13 +85,12 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
-        self.args, self.facts = args, all_facts()
-        self.work, self.step = Path(args.work), 0
-        write_siglip_tokenizer(Path(args.output), [*self.facts, "and"])
+        self.args, self.work, self.step = args, Path(args.work), 0
+        write_siglip_tokenizer(Path(args.output), [*statements(), "and"])
         self.tokenizer = AutoTokenizer.from_pretrained(args.output)
         tiny = config()
         tiny.text_config.vocab_size = len(self.tokenizer)  # type: ignore[union-attr]
-        self.model = SiglipModel._from_config(tiny, attn_implementation="sdpa")
+        self.model = SiglipModel._from_config(tiny, attn_implementation="eager")  # sdpa is slow in bfloat16 here
         with torch.no_grad():
             # A picture has up to thirty true statements, so its cosine with each is about 1/sqrt(30) at best.
             self.model.logit_scale.fill_(np.log(30.0))
@@ -210,10 +124,6 @@ class Trainer:
         )
         temporary.replace(self.work / "siglip.pt")
 
-    def images(self, seen: list[Seen]) -> torch.Tensor:
-        pixels = torch.from_numpy(np.stack([picture.pixels for picture in seen])).permute(0, 3, 1, 2)
-        return self.model.vision_model(pixels, interpolate_pos_encoding=True).pooler_output
-
     def texts(self, texts: list[str]) -> torch.Tensor:
         ids = self.tokenizer(
             texts, padding="max_length", max_length=SIGLIP_LENGTH, truncation=True, return_tensors="pt"
@@ -228,15 +138,17 @@ class Trainer:
     def train_step(self) -> float:
         """One optimizer step over both groups of pictures."""
         groups = batch(self.args.seed, self.step, self.args.small, self.args.large)
-        seen = [picture for group in groups for picture in group]
+        views = [view for group in groups for picture in group for view in picture.views]
         rng = Random(f"texts-{self.args.seed}-{self.step}")
-        texts = choose_texts(rng, seen, self.facts, self.args.texts)
-        truth = torch.from_numpy(truth_matrix(texts, seen, self.facts))
+        texts = choose_texts(rng, views, self.args.texts)
+        truth = torch.from_numpy(truth_matrix(texts, views))
         rate = self.args.learning_rate * self._schedule()
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        images = torch.cat([self.images(group) for group in groups])
-        loss = loss_terms(self.logits_per_text(images, self.texts([" and ".join(t) for t in texts])), truth)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.args.bfloat16):
+            images = torch.cat([look(self.model, group) for group in groups])
+            statements = self.texts([" and ".join(text) for text in texts])
+        loss = loss_terms(self.logits_per_text(images.float(), statements.float()), truth)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -252,20 +164,20 @@ class Trainer:
         return float(0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * share)))
 
     @torch.no_grad()
-    def evaluate(self, count: int = 192) -> dict[str, float]:
-        """Share of unseen pictures whose best-scoring statement of a kind is the true one."""
-        groups = batch(self.args.seed + 1_000_000, 1, count, count)
-        groups[1] = [seen for step in range(9) for seen in batch(self.args.seed + 1_000_000, step, 1, 48)[1]]
+    def evaluate(self, count: int = 256) -> dict[str, float]:
+        """Share of unseen whole pictures or tiles whose best-scoring statement of a kind is the true one."""
+        seed = self.args.seed + 1_000_000
+        groups = [batch(seed, 0, count, 1)[0], *(batch(seed, step, 1, count // 8)[1] for step in range(12))]
+        embedded = [(look(self.model, group), [view for seen in group for view in seen.views]) for group in groups]
         results = {}
-        for name, choices in _probes().items():
+        for name, (choices, kinds) in _probes().items():
             texts = self.texts(choices)
             right = total = 0
-            for group in (groups[0], *([picture] for picture in groups[1])):
-                rows = [p for p in group if len(p.facts & set(choices)) == 1]
-                if rows:
-                    best = self.logits_per_text(self.images(rows), texts).argmax(0)
-                    right += sum(choices[int(b)] in p.facts for b, p in zip(best, rows, strict=True))
-                    total += len(rows)
+            for images, views in embedded[kinds]:
+                best = self.logits_per_text(images, texts).argmax(0)
+                for index, view in zip(best, views, strict=True):
+                    if view.seen.all() and len(view.facts & set(choices)) == 1:
+                        right, total = right + (choices[int(index)] in view.facts), total + 1
             results[name] = round(right / max(total, 1), 3)
         return results
 
@@ -284,15 +196,20 @@ class Trainer:
         (output / "preprocessor_config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
-def _probes() -> dict[str, list[str]]:
-    """Closed choices of which exactly one is true: a classifier made of statements."""
-    numbers = [f"the number {n}" for n in range(10, 100)]
+def _probes() -> dict[str, tuple[list[str], slice]]:
+    """Closed choices of which exactly one is true (a classifier made of statements), and whether to put them to the
+    whole pictures or to the tiles."""
+    words = [f"the word {word.lower()}" for word in scenes.WORDS]
+    numbers = [f"the number {number}" for number in scenes.NUMBERS]
+    whole, tiles = slice(0, 1), slice(1, None)
     return {
-        "word": [f"the word {word.lower()}" for word in scenes.WORDS],
-        "number": numbers,
-        "count": [f"{scenes.COUNTS[n]} shape{'' if n == 1 else 's'}" for n in range(5)],
-        "pair": [f"a {c} {s}" for c in scenes.COLOURS for s in scenes.SHAPES],
-        "tallest": [f"the tallest bar is {colour}" for colour in scenes.COLOURS],
+        "word": (words, whole),
+        "number": (numbers, whole),
+        "sign's word": (words, tiles),
+        "sign's number": (numbers, tiles),
+        "count": ([f"{scenes.COUNTS[n]} shape{'' if n == 1 else 's'}" for n in range(5)], whole),
+        "pair": ([f"a {c} {s}" for c in scenes.COLOURS for s in scenes.SHAPES], whole),
+        "tallest": ([f"the tallest bar is {colour}" for colour in scenes.COLOURS], whole),
     }
 
 
@@ -302,10 +219,11 @@ def main() -> None:
     parser.add_argument("--output", default="weights/tiny/siglip", help="where the checkpoint goes")
     parser.add_argument("--work", default="bases-work", help="where the state for resuming goes")
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--small", type=int, default=80, help="whole small pictures a step")
-    parser.add_argument("--large", type=int, default=64, help="overviews or tiles a step")
-    parser.add_argument("--texts", type=int, default=320, help="statements scored a step")
+    parser.add_argument("--small", type=int, default=32, help="whole small pictures a step")
+    parser.add_argument("--large", type=int, default=24, help="overviews or tiles a step")
+    parser.add_argument("--texts", type=int, default=128, help="statements scored a step")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=True, help="products in bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     trainer = Trainer(parser.parse_args())
     started, losses = time.time(), []
@@ -320,7 +238,7 @@ def main() -> None:
             print("   ", trainer.evaluate(), flush=True)
             started = time.time()
     trainer.save()
-    print(trainer.evaluate(count=512))
+    print(trainer.evaluate(count=1024))
     trainer.export()
 
 

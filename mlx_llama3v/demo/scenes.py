@@ -21,6 +21,7 @@ WORDS = (
     "MAP", "NUT", "OWL", "PEN", "RUG", "SUN", "TEA", "VAN", "ZIP",
 )
 # fmt: on
+NUMBERS = tuple(str(number) for number in range(10, 30))
 KINDS = ("shapes", "print", "sign", "chart")
 SIDE = 64  # the tiny tower's native square; scene sizes are chosen against its area
 
@@ -88,7 +89,7 @@ def sample(rng: Random, kind: str | None = None) -> Scene:
     places = rng.sample(range(4), 4)
     if kind == "shapes":
         return Scene(kind, width, height, rng.getrandbits(32), _things(rng, places, rng.randint(1, 4)))
-    text = str(rng.randint(10, 99)) if rng.random() < 0.4 else rng.choice(WORDS)
+    text = rng.choice(NUMBERS if rng.random() < 0.5 else WORDS)
     written = Print(text, rng.choice(COLOURS), places[0], small=kind == "sign")
     # Large print takes the whole half (both places of its row), a sign only its own corner.
     free = [p for p in places[1:] if kind == "sign" or p // 2 != written.place // 2]
@@ -166,43 +167,57 @@ def questions(scene: Scene) -> list[QA]:
     return found
 
 
-def thing_facts(scene: Scene) -> set[str]:
-    """Short true statements about the shapes, in SigLIP's canonical form (lower case, no punctuation)."""
-    facts = {f"{COUNTS[len(scene.things)]} shape{'' if len(scene.things) == 1 else 's'}"}
-    for shape, colour, size, place in scene.things:
-        facts |= {
-            f"a {shape}",
-            f"something {colour} at the {PLACES[place]}",
-            f"a {colour} {shape}",
-            f"a {size} {shape}",
-            f"a {size} {colour} {shape}",
-            f"a {shape} at the {PLACES[place]}",
-            f"a {colour} {shape} at the {PLACES[place]}",
-        }
-    return facts
-
-
-def print_facts(scene: Scene) -> set[str]:
-    """Short true statements about what is printed: whole, and letter by letter so that reading is learnt early."""
-    facts: set[str] = set()
+def facts(scene: Scene) -> set[str]:
+    """Every short true statement, in SigLIP's canonical form (lower case, no punctuation)."""
+    found = count_facts(scene)
+    for thing in scene.things:
+        found |= thing_facts(thing)
     for text in scene.prints:
-        lower = text.text.lower()
-        facts |= {
-            f"the {text.kind} {lower}",
-            f"a {text.kind} in {text.colour}" if not text.small else f"a sign with a {text.kind}",
-            f"a {text.kind} that starts with {lower[0]}",
-            f"a {text.kind} that ends with {lower[-1]}",
-            f"{text.kind} character two is {lower[1]}",
-        }
-    return facts
+        found |= print_facts(text) | {letter_fact(letter) for letter in text.text}
+    for index in range(len(scene.bars)):
+        found |= bar_facts(scene, index)
+    return found
 
 
-def bar_facts(scene: Scene) -> set[str]:
-    """Short true statements about a chart."""
-    if not scene.bars:
-        return set()
-    facts = {"a chart", f"{COUNTS[len(scene.bars)]} bars"}
-    facts |= {f"the tallest bar is {tallest(scene)}", f"the shortest bar is {shortest(scene)}"}
-    for index, bar in enumerate(scene.bars):
-        facts.add(f"bar {COUNTS[index + 1]} is {bar.colour}")
-    return facts
+def count_facts(scene: Scene) -> set[str]:
+    """How many there are: what no part of the picture decides."""
+    if scene.bars:
+        return {"a chart", f"{COUNTS[len(scene.bars)]} bars", "no shapes"}
+    return {f"{COUNTS[len(scene.things)]} shape{'' if len(scene.things) == 1 else 's'}"}
+
+
+def thing_facts(thing: Thing) -> set[str]:
+    shape, colour, size, place = thing
+    return {
+        f"a {shape}",
+        f"a {colour} {shape}",
+        f"a {size} {shape}",
+        f"a {size} {colour} {shape}",
+        f"a {shape} at the {PLACES[place]}",
+        f"something {colour} at the {PLACES[place]}",
+    }
+
+
+def print_facts(text: Print) -> set[str]:
+    found = {
+        f"the {text.kind} {text.text.lower()}",
+        f"a sign with a {text.kind}" if text.small else f"a {text.kind} in {text.colour}",
+    }
+    if text.kind == "number":
+        found |= {f"a number that starts with {text.text[0]}", f"a number that ends with {text.text[-1]}"}
+    return found
+
+
+def letter_fact(letter: str) -> str:
+    return f"the {'digit' if letter.isdigit() else 'letter'} {letter.lower()}"
+
+
+def bar_facts(scene: Scene, index: int) -> set[str]:
+    """Of one bar of a chart."""
+    colour = scene.bars[index].colour
+    found = {f"a {colour} bar", f"bar {COUNTS[index + 1]} is {colour}"}
+    if colour == tallest(scene):
+        found.add(f"the tallest bar is {colour}")
+    if colour == shortest(scene):
+        found.add(f"the shortest bar is {colour}")
+    return found

@@ -2,7 +2,7 @@
 
 SigLIP's: WordPiece over lower-cased words without punctuation (what SigLIP's own tokenizer does to a text before
 its SentencePiece), ending in `</s>`, which is also the padding. Llama's: byte-level BPE with Llama-3's special
-tokens and header format; digits are single tokens, so that "42" is read digit by digit.
+tokens, header format and pattern: up to three digits are one word.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-SIGLIP_LENGTH = 24  # positions of the text tower
+SIGLIP_LENGTH = 16  # positions of the text tower
 LLAMA_VOCABULARY = 640
 LLAMA_RESERVED = 16
 
@@ -58,7 +58,7 @@ def write_siglip_tokenizer(directory: Path, texts: Iterable[str]) -> None:
 def write_llama_tokenizer(directory: Path, texts: Iterable[str]) -> None:
     """Tokenizer files of the tiny Llama: BPE trained on `texts`, then Llama-3's special tokens on top."""
     tokenizer = Tokenizer(models.BPE())
-    split = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    split = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(split, behavior="isolated"),
