@@ -218,7 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="weights/tiny/siglip", help="where the checkpoint goes")
     parser.add_argument("--work", default="bases-work", help="where the state for resuming goes")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--small", type=int, default=32, help="whole small pictures a step")
     parser.add_argument("--large", type=int, default=24, help="overviews or tiles a step")
     parser.add_argument("--texts", type=int, default=128, help="statements scored a step")

@@ -20,14 +20,19 @@ class SiglipTokenizer:
     def __init__(self, directory: Path | str, length: int) -> None:
         """Read the tokenizer of `directory`. Raises CheckpointError where it is missing or unreadable."""
         from transformers import AutoTokenizer
+        from transformers.utils import logging
 
         directory, self.length = Path(directory), length
         if not any((directory / name).is_file() for name in ("tokenizer.json", "spiece.model", "tokenizer.model")):
             raise CheckpointError(f"{directory} has no SigLIP tokenizer; expected tokenizer.json or spiece.model.")
+        level = logging.get_verbosity()
+        logging.set_verbosity_error()  # transformers warns about its own default SigLIP config, whatever ours says
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"the SigLIP tokenizer in {directory} cannot be read: {error}") from error
+        finally:
+            logging.set_verbosity(level)
         if self._tokenizer.pad_token_id is None:
             raise CheckpointError(f"the SigLIP tokenizer in {directory} has no padding token.")
         self._lower = self._tokenizer.init_kwargs.get("do_lower_case") is not False
