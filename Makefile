@@ -15,10 +15,8 @@ lint: .venv/.test
 	.venv/bin/mypy
 
 # The bundled tiny bases, trained again from a seed: about an hour and a half on two cores; stop and go on as you like.
-# SigLIP in two goes (a second, shorter warm restart), as the bundled one was.
 bases: .venv/.test
-	.venv/bin/python -m mlx_llama3v.demo.bases_siglip --output weights/tiny/siglip --steps 9000
-	.venv/bin/python -m mlx_llama3v.demo.bases_siglip --output weights/tiny/siglip --steps 13000
+	.venv/bin/python -m mlx_llama3v.demo.bases_siglip --output weights/tiny/siglip
 	.venv/bin/python -m mlx_llama3v.demo.bases_llama --output weights/tiny/llama
 
 # A stamp a set of extras; the stamps are newer than pyproject.toml, so a changed one installs again.

@@ -4,10 +4,7 @@
 
 PyTorch does the steps because it is about three times faster than MLX on a CPU; the loss is the same function as
 `vision.siglip.sigmoid_loss` (a test compares them). The batch of step n is a pure function of (seed, n), and the
-state is saved every few minutes, so a stopped run continues where it was. Each step sees whole small pictures and
-either overviews or tiles of large ones, at the very shapes that `vision.tiling` will cut later. A caption is a short
-statement; which statements hold for which pictures is known, so a pair is positive wherever the statement is
-true, and left out of the loss where a slice does not show what would decide it.
+state is saved every few minutes, so a stopped run continues where it was. What it is shown is in pairs.py.
 """
 
 from __future__ import annotations
@@ -218,7 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="weights/tiny/siglip", help="where the checkpoint goes")
     parser.add_argument("--work", default="bases-work", help="where the state for resuming goes")
-    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--steps", type=int, default=14000)
     parser.add_argument("--small", type=int, default=32, help="whole small pictures a step")
     parser.add_argument("--large", type=int, default=24, help="overviews or tiles a step")
     parser.add_argument("--texts", type=int, default=128, help="statements scored a step")

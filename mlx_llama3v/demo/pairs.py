@@ -88,7 +88,7 @@ def _small(rng: Random, count: int) -> list[Seen]:
     """Whole pictures of one common shape, area at most the tower's own or a little above."""
     area, aspect = SIDE**2 * rng.choice((rng.uniform(0.5, 1), 1, 1, 1.7)), 2 ** rng.uniform(-0.55, 0.55)
     size = {"width": round((area * aspect) ** 0.5), "height": round((area / aspect) ** 0.5)}
-    kinds = rng.choices(("shapes", "print", "chart"), weights=(4, 5, 3), k=count)
+    kinds = rng.choices(("shapes", "print", "chart"), weights=(4, 5, 2), k=count)
     found = [replace(scenes.sample(rng, kind), **size) for kind in kinds]
     return [_whole(scene, _plan(scene), EVERYTHING) for scene in found]
 
@@ -167,15 +167,13 @@ def _things(scene: Scene) -> Iterator[Part]:
 
 
 def _prints(scene: Scene) -> Iterator[Part]:
-    """A text, and each of its letters, of which the whole text's statements hold too: a patch of a letter is to know
-    what it belongs to, or a projector would have to learn to spell."""
-    families = frozenset({THINGS, PRINTS, LETTERS})
     for index, text in enumerate(scene.prints):
-        facts, boxes = frozenset(scenes.print_facts(text)), letter_boxes(scene, index)
-        whole = (boxes[0][0], boxes[0][1], boxes[-1][2], boxes[-1][3])
-        yield whole, facts | frozenset(map(scenes.letter_fact, text.text)), families
+        boxes = letter_boxes(scene, index)
+        letters = frozenset(map(scenes.letter_fact, text.text))
+        box = (boxes[0][0], boxes[0][1], boxes[-1][2], boxes[-1][3])
+        yield box, frozenset(scenes.print_facts(text)) | letters, frozenset({THINGS, PRINTS, LETTERS})
         for letter, box in zip(text.text, boxes, strict=True):
-            yield box, facts | {scenes.letter_fact(letter)}, families
+            yield box, frozenset({scenes.letter_fact(letter)}), frozenset({THINGS, LETTERS})
 
 
 def choose_texts(rng: Random, views: list[View], limit: int) -> list[tuple[str, ...]]:

@@ -107,7 +107,7 @@ def _things(rng: Random, places: list[int], count: int) -> tuple[Thing, ...]:
 def _bars(rng: Random) -> tuple[Bar, ...]:
     """Two to four bars of different colours whose heights differ visibly."""
     count = rng.randint(2, 4)
-    levels = [0.2 + 0.7 * level / count + rng.uniform(0, 0.03) for level in range(1, count + 1)]
+    levels = [0.2 + 0.7 * level / count + rng.uniform(0, 0.06) for level in range(1, count + 1)]
     rng.shuffle(levels)
     return tuple(Bar(c, h) for c, h in zip(rng.sample(COLOURS, count), levels, strict=True))
 
