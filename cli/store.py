@@ -8,7 +8,10 @@ from typing import Annotated
 import typer
 
 from mlx_llama3v.cli import show
+from mlx_llama3v.embeddings import tools
 from mlx_llama3v.embeddings.store import Store
+from mlx_llama3v.errors import StoreError
+from mlx_llama3v.stages import picture_names
 
 app = typer.Typer(no_args_is_help=True, help="Look after an embedding store.")
 
@@ -32,16 +35,58 @@ def info(store: Path_, json: Json = False) -> None:
         show.as_json(values)
         return
     sizes = {"bytes": show.size(values["bytes"])}
+    for key in ("fidelity", "post"):
+        values[key] = ", ".join(f"{name} {value}" for name, value in values[key].items()) or "-"
     plain = {key: value for key, value in values.items() if not isinstance(value, (dict, list))}
     show.table(str(store), ["", ""], [[key, str(sizes.get(key, value))] for key, value in plain.items()])
 
 
 @app.command()
 def verify(store: Path_) -> None:
-    """Read every shard and compare its checksum.
+    """Read every shard and compare its checksum. Damaged ones are named; the next `embed` makes them anew.
 
     Example: `llama3v-mlx store verify my-store`
     """
+    with show.bar("verify", "shards") as bar:
+        found = tools.verify(store, lambda done, total: bar.update(done, total, ""))
+    for why in found.values():
+        show.err.print(why, markup=False)
+    if found:
+        raise StoreError(f"{store}: {len(found)} damaged shards; all others are whole.")
     opened = Store(store)
-    opened.verify()
-    show.out.print(f"{store}: {len(opened.names)} images in {opened.info()['shards']} shards, all whole.")
+    show.out.print(f"{store}: {len(opened)} images in {len(opened.shards)} shards, all whole.")
+
+
+@app.command()
+def prune(
+    store: Path_,
+    keep: Annotated[Path, typer.Option("--keep", help="Data file or folder whose pictures stay.", show_default=False)],
+) -> None:
+    """Drop every picture that a data set does not use. Interrupt it at any time; the same command goes on.
+
+    Example: `llama3v-mlx store prune my-store --keep captions.json`
+    """
+    names = picture_names(keep)
+    with show.bar("prune", "shards") as bar:
+        dropped, freed = tools.prune(store, names, lambda done, total: bar.update(done, total, ""))
+    show.out.print(f"{store}: {dropped:,} pictures dropped, {show.size(freed)} freed.")
+
+
+@app.command()
+def merge(
+    stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Stores to join.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", help="Store to write, or to add to.", show_default=False)],
+) -> None:
+    """Join stores of one encoder and codec, each picture once. Interrupt it at any time; the same command goes on.
+
+    Example: `llama3v-mlx store merge store-a store-b --output store`
+    """
+    with show.bar("merge", "shards") as bar:
+        counts = tools.merge(stores, output, lambda done, total: bar.update(done, total, ""))
+    if counts["conflicts"]:
+        show.err.print(f"{counts['conflicts']:,} names stand for another picture in a later store; the first counts.")
+    info = Store(output).info()
+    show.out.print(
+        f"Store: {output} ({info['images']:,} images, {show.size(info['bytes'])}; {counts['images']:,} added, "
+        f"{counts['duplicates']:,} were there)"
+    )

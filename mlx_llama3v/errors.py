@@ -26,6 +26,10 @@ class StoreError(UserError):
     """An embedding store that is missing, damaged, or was made with another encoder or tiling."""
 
 
+class DamagedError(StoreError):
+    """A shard whose bytes are not what was written: cut short, bits flipped."""
+
+
 class RunError(UserError):
     """A training run that cannot start or go on: settings that clash, an incomplete checkpoint."""
 

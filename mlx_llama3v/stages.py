@@ -12,7 +12,8 @@ from mlx_llama3v.config import ModelConfig, TilingConfig
 from mlx_llama3v.data.llava import folder_images, image_paths, read_records
 from mlx_llama3v.data.records import Problem
 from mlx_llama3v.embeddings.embed import EmbedProgress, EmbedSummary, embed_images
-from mlx_llama3v.embeddings.store import Store, StoreWriter
+from mlx_llama3v.embeddings.store import Store
+from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.errors import DataError, RunError, StoreError
 from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.train.config import TrainConfig
@@ -71,6 +72,11 @@ def embed_data(
     store = Store(output)
     failed = [Problem(name, reason) for name, reason in store.failures.items() if name in images]
     return EmbedReport(output, summary, store.info(), (*problems, *failed))
+
+
+def picture_names(data: Path) -> list[str]:
+    """Names of all pictures of a data set, as a store knows them. Raises DataError."""
+    return [*folder_images(data)] if data.is_dir() else [*read_records(data).images]
 
 
 def train_stage(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 import mlx.core as mx
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from mlx_llama3v.config import Encoded, ModelConfig, ProjectorConfig, SliceLayout, VisionConfig
 from mlx_llama3v.data.batches import Batch, Row, build_rows, collate, order, padded
 from mlx_llama3v.data.records import Record
-from mlx_llama3v.embeddings.store import Store, StoreWriter
+from mlx_llama3v.embeddings.store import Store
+from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.errors import StoreError
 from mlx_llama3v.projector import pack
 from mlx_llama3v.text.prompt import FIRST_VISUAL, Message
@@ -35,7 +37,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     with StoreWriter(path, {}) as writer:
         for seed, (name, layout) in enumerate(LAYOUTS.items()):
             values = np.random.default_rng(seed).standard_normal((layout.patches, D_VISION))
-            writer.add(name, name, Encoded(layout, values.astype(np.float32)))
+            writer.add(name, hashlib.sha256(name.encode()).hexdigest(), Encoded(layout, values.astype(np.float32)))
         writer.fail("bad", "it is broken")
     return Store(path)
 

@@ -12,7 +12,8 @@ import pytest
 
 from mlx_llama3v.config import Encoded, Grid, SliceLayout
 from mlx_llama3v.embeddings.embed import EmbedProgress, EmbedSummary, embed_images
-from mlx_llama3v.embeddings.store import Store, StoreWriter
+from mlx_llama3v.embeddings.store import Store
+from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.errors import ImageError, StoreError
 
 WIDTH, CHANNELS = 4, 3

@@ -13,7 +13,8 @@ import numpy as np
 
 from mlx_llama3v.config import Encoded
 from mlx_llama3v.data.records import Record
-from mlx_llama3v.embeddings.store import Store, StoreWriter
+from mlx_llama3v.embeddings.store import Store
+from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.text.prompt import Message
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.train.trainer import TrainResult, train
@@ -29,7 +30,7 @@ def make_store(path: Path) -> Store:
         for n in range(PICTURES):
             layout = SPLIT if n == 3 else PLAIN
             values = np.random.default_rng(n).standard_normal((layout.patches, D_VISION))
-            writer.add(f"{n}.png", str(n), Encoded(layout, values.astype(np.float32)))
+            writer.add(f"{n}.png", f"{n:064x}", Encoded(layout, values.astype(np.float32)))
     return Store(path)
 
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlx_llama3v.config import Encoded, Grid, SliceLayout
-from mlx_llama3v.embeddings.store import StoreWriter
+from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.errors import ImageError
 
 _WINDOW = 4  # batches that are collected before encoding: slices of like shape find each other there

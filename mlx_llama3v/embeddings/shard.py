@@ -1,10 +1,9 @@
 """One shard: a safetensors file that describes itself, written atomically and read row by row.
 
-The metadata hold an index (JSON): which pictures lie where in the concatenated tensors, and which names stand
-for which content hash. The names may refer to a picture of another shard: that is how a duplicate found in a
-later run is stored for the price of its name.
+Its tensors are the codec's parts [N, ...], one row a patch embedding; the codec's channel parts [1, D], which all
+rows share; and the index (index.py): which pictures lie where, and which names stand for which content hash.
 
-Reading takes the header once and then only the bytes of the wanted picture. Plain positioned reads are used
+Reading takes header and index once and then only the bytes of the wanted picture. Plain positioned reads are used
 rather than a memory map: they are twice as fast for a copy, hold no file open (a large store has more shards
 than a process may have open files), and a file that was cut short under us is an error instead of a SIGBUS.
 """
@@ -16,7 +15,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,36 +24,29 @@ from typing import Any
 import numpy as np
 
 from mlx_llama3v.config import SliceLayout
-from mlx_llama3v.errors import StoreError
+from mlx_llama3v.embeddings.codec import CHANNEL
+from mlx_llama3v.embeddings.index import TENSORS, ShardIndex
+from mlx_llama3v.errors import DamagedError, StoreError
 
-SCHEMA = 1  # of manifest and shards alike
-_DTYPES = {"F16": np.float16, "F32": np.float32, "I8": np.int8, "U8": np.uint8}
+SCHEMA = 2  # of manifest and shards alike
+_DTYPES: dict[str, type] = {
+    "F16": np.float16,
+    "F32": np.float32,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "I32": np.int32,
+    "I64": np.int64,
+    "U64": np.uint64,
+}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the safetensors format's own limit
 
-
-@dataclass(frozen=True)
-class Entry:
-    """One stored picture: content hash, slice shapes, and its first row in the shard's tensors."""
-
-    sha: str
-    layout: SliceLayout
-    start: int
-
-    def to_json(self) -> list[Any]:
-        """[hash, start, six layout integers]"""
-        at = self.layout
-        return [self.sha, self.start, *at.overview, at.rows, at.cols, *at.tile]
-
-    @classmethod
-    def from_json(cls, values: Sequence[Any]) -> Entry:
-        """The inverse of `to_json`."""
-        sha, start, height, width, rows, cols, tile_height, tile_width = values
-        return cls(sha, SliceLayout((height, width), rows, cols, (tile_height, tile_width)), start)
+Parts = Mapping[str, np.ndarray]
+Picture = tuple[str, SliceLayout, Parts]  # content hash, slice shapes, the codec's parts [layout.patches, ...]
 
 
 @dataclass(frozen=True)
-class Part:
+class Tensor:
     """One tensor [N, ...] of a shard: where its bytes are in the file."""
 
     dtype: np.dtype
@@ -69,29 +61,39 @@ class Part:
 
 @dataclass(frozen=True)
 class Shard:
-    """The header of one shard: all that is known of it without reading its data."""
+    """One shard, opened: all that is known of it without reading its rows."""
 
     path: Path
     codec: str
     fingerprint: str
-    entries: tuple[Entry, ...]
-    names: dict[str, str]  # name -> content hash, possibly of a picture in another shard
-    parts: dict[str, Part]
+    index: ShardIndex
+    parts: dict[str, Tensor]  # of the codec, N rows each
+    channels: dict[str, np.ndarray]  # of the codec, one row each
     bytes: int
 
-    def read(self, entry: Entry) -> dict[str, np.ndarray]:
-        """The codec's parts of one picture, each [entry.layout.patches, ...]. Reads nothing else."""
-        rows = entry.layout.patches
-        found = {}
-        for name, part in self.parts.items():
-            count, offset = rows * part.row_bytes, part.offset + entry.start * part.row_bytes
+    def read(self, i: int) -> dict[str, np.ndarray]:
+        """The codec's parts of picture i, each [patches, ...]. Reads nothing else; safe in several threads.
+
+        Raises StoreError naming the file where it is gone or was cut short.
+        """
+        start, rows = int(self.index.starts[i]), int(self.index.patches[i])
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
             try:
-                data = np.fromfile(self.path, np.uint8, count, offset=offset)
-            except OSError as error:
-                raise StoreError(f"{self.path} cannot be read: {error.strerror or error}.") from error
-            if data.size != count:
-                raise _damaged(self.path, f"it ends {count - data.size} bytes into a picture")
-            found[name] = data.view(part.dtype).reshape(rows, *part.shape[1:])
+                return {name: self._rows(descriptor, part, start, rows) for name, part in self.parts.items()}
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise StoreError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+
+    def _rows(self, descriptor: int, part: Tensor, start: int, rows: int) -> np.ndarray:
+        found = np.empty((rows, *part.shape[1:]), part.dtype)
+        left, offset = _view(found), part.offset + start * part.row_bytes
+        while left:
+            count = os.preadv(descriptor, [left], offset)
+            if not count:
+                raise damaged(self.path, f"it ends {len(left)} bytes into a picture")
+            left, offset = left[count:], offset + count
         return found
 
 
@@ -100,28 +102,30 @@ def write_shard(
     *,
     codec: str,
     fingerprint: str,
-    pictures: Sequence[tuple[str, SliceLayout, dict[str, np.ndarray]]],
-    names: dict[str, str],
+    pictures: Sequence[Picture],
+    names: Mapping[str, str],
+    channels: Parts | None = None,
 ) -> None:
-    """Write (content hash, layout, codec parts) of all pictures and the names as one shard. Atomic.
+    """Write pictures and names (name -> content hash) as one shard. Atomic.
 
     Raises StoreError when the disk refuses it; then nothing of the shard is left behind.
     """
-    entries, start = [], 0
-    for sha, layout, _ in pictures:
-        entries.append(Entry(sha, layout, start).to_json())
-        start += layout.patches
-    index = json.dumps({"images": entries, "names": list(names.items())}, separators=(",", ":"))
+    index = ShardIndex.make([(sha, layout) for sha, layout, _ in pictures], names)
+    columns: dict[str, list[np.ndarray]] = {key: [value] for key, value in index.tensors.items()}
+    if pictures:
+        columns |= {key: [value] for key, value in (channels or {}).items()}
+        columns |= {key: [parts[key] for _, _, parts in pictures] for key in pictures[0][2]}
+    # The index first, since it is read with the header; then wide items: every tensor starts at a multiple of them.
+    columns = dict(sorted(columns.items(), key=lambda item: (item[0] not in TENSORS, -item[1][0].itemsize)))
     header: dict[str, Any] = {}
     arrays: list[np.ndarray] = []
     offset = 0
-    for key in pictures[0][2] if pictures else ():
-        column = [np.ascontiguousarray(parts[key]) for _, _, parts in pictures]
+    for key, column in columns.items():
+        column = [np.ascontiguousarray(array) for array in column]
         size = sum(array.nbytes for array in column)
-        shape = [start, *column[0].shape[1:]]
         header[key] = {
             "dtype": _NAMES[column[0].dtype],
-            "shape": shape,
+            "shape": [sum(map(len, column)), *column[0].shape[1:]],
             "data_offsets": [offset, offset + size],
         }
         arrays += column
@@ -131,7 +135,6 @@ def write_shard(
         "schema": str(SCHEMA),
         "codec": codec,
         "fingerprint": fingerprint,
-        "index": index,
     }
     header["__metadata__"]["crc32"] = _checksum(header, arrays)
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -139,53 +142,84 @@ def write_shard(
     write_atomic(path, [struct.pack("<Q", len(text)), text, *arrays])
 
 
-def read_header(path: Path) -> Shard:
-    """Read and check one shard's header. Raises StoreError naming the file when it is cut or damaged."""
+def read_shard(path: Path) -> Shard:
+    """Read and check one shard's header and index. Raises StoreError naming the file when it is cut or damaged."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
-                raise _damaged(path, f"{size} bytes do not hold its header")
+                raise damaged(path, f"{size} bytes do not hold its header")
             text = file.read(length)
+            try:
+                metadata, tensors = _parse(text, 8 + length)
+            except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+                raise damaged(path, "its header is not readable") from error
+            if metadata["schema"] != str(SCHEMA):
+                raise StoreError(f"{path} has schema version {metadata['schema']}; this version reads {SCHEMA}.")
+            expected = max([8 + length, *(t.offset + t.shape[0] * t.row_bytes for t in tensors.values())])
+            if size != expected:
+                raise damaged(path, f"it has {size} bytes, its header says {expected}")
+            own = {name: tensors.pop(name) for name in [*tensors] if name in TENSORS or name.startswith(CHANNEL)}
+            values = {name: _load(file, tensor) for name, tensor in own.items()}
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror or error}.") from error
+    channels = {name: values.pop(name) for name in [*values] if name not in TENSORS}
     try:
-        header = json.loads(text)
-        metadata = header.pop("__metadata__")
-        schema, index = metadata["schema"], json.loads(metadata["index"])
-        parts, ends = {}, [0]
-        for name, values in header.items():
-            first, last = values["data_offsets"]
-            part = Part(np.dtype(_DTYPES[values["dtype"]]), tuple(values["shape"]), 8 + length + first)
-            if last - first != part.shape[0] * part.row_bytes:
-                raise ValueError(f"the shape of {name}")
-            parts[name] = part
-            ends.append(last)
-        entries = tuple(Entry.from_json(values) for values in index["images"])
-        names = {str(name): str(sha) for name, sha in index["names"]}
-        shard = Shard(path, metadata["codec"], metadata["fingerprint"], entries, names, parts, size)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-        raise _damaged(path, "its header is not readable") from error
-    if schema != str(SCHEMA):
-        raise StoreError(f"{path} has schema version {schema}; this version reads {SCHEMA}.")
-    if size != 8 + length + max(ends):
-        raise _damaged(path, f"it has {size} bytes, its header says {8 + length + max(ends)}")
-    rows = entries[-1].start + entries[-1].layout.patches if entries else 0
-    if any(part.shape[0] != rows for part in parts.values()) or (rows and not parts):
-        raise _damaged(path, f"its pictures need {rows} rows, its tensors have another number")
-    return shard
+        wrong = [key for key, (dtype, row) in TENSORS.items() if _differs(values[key], dtype, row)]
+        if wrong or any(len(value) != 1 for value in channels.values()):
+            raise ValueError(wrong)
+        index = ShardIndex(values)
+        index.check()
+    except (ValueError, KeyError) as error:
+        raise damaged(path, "its index is not readable") from error
+    rows = int(index.starts[-1])
+    if any(part.shape[0] != rows for part in tensors.values()) or (rows and not tensors):
+        raise damaged(path, f"its pictures need {rows} rows, its tensors have another number")
+    return Shard(path, metadata["codec"], metadata["fingerprint"], index, tensors, channels, size)
+
+
+def _parse(text: bytes, first: int) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a header; `first` is the file's first data byte."""
+    header = json.loads(text)
+    metadata = header.pop("__metadata__")
+    if any(not isinstance(metadata[key], str) for key in ("schema", "codec", "fingerprint")):
+        raise TypeError("metadata")
+    tensors = {}
+    for name, values in header.items():
+        start, end = values["data_offsets"]
+        shape = values["shape"]
+        if not shape or any(type(n) is not int or not 0 <= n < 1 << 40 for n in (*shape, start, end)):
+            raise ValueError(name)
+        tensor = Tensor(np.dtype(_DTYPES[values["dtype"]]), tuple(shape), first + start)
+        if end - start != tensor.shape[0] * tensor.row_bytes:
+            raise ValueError(name)
+        tensors[name] = tensor
+    return metadata, tensors
+
+
+def _load(file: Any, tensor: Tensor) -> np.ndarray:
+    file.seek(tensor.offset)
+    count = tensor.shape[0] * tensor.row_bytes
+    return np.frombuffer(file.read(count), tensor.dtype).reshape(tensor.shape)
+
+
+def _differs(value: np.ndarray, dtype: type, row: tuple[int, ...]) -> bool:
+    return value.dtype != dtype or value.shape[1:] != row
 
 
 def verify_shard(path: Path) -> None:
     """Read a whole shard and compare its checksum. Raises StoreError naming the file when they differ."""
-    read_header(path)
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        expected = header["__metadata__"].pop("crc32", "missing")
-        found = _checksum(header, iter(lambda: file.read(1 << 24), b""))
+    read_shard(path)
+    try:
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            expected = header["__metadata__"].pop("crc32", "missing")
+            found = _checksum(header, iter(lambda: file.read(1 << 24), b""))
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror or error}.") from error
     if found != expected:
-        raise _damaged(path, f"its checksum is {found}, expected {expected}")
+        raise damaged(path, f"its checksum is {found}, expected {expected}")
 
 
 def write_atomic(path: Path, chunks: Iterable[bytes | np.ndarray]) -> None:
@@ -244,5 +278,6 @@ def _view(block: Any) -> memoryview:
     return memoryview(block).cast("B") if len(block) else memoryview(b"")
 
 
-def _damaged(path: Path, why: str) -> StoreError:
-    return StoreError(f"{path} is damaged: {why}; delete the file and run `embed` again to make it anew.")
+def damaged(path: Path, why: str) -> DamagedError:
+    """The error about a shard whose bytes are not what was written."""
+    return DamagedError(f"{path} is damaged: {why}; run the same `embed` again to make it anew.")

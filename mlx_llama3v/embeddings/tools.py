@@ -1,0 +1,151 @@
+"""Looking after a store: verify, prune, merge. Each may be interrupted at any moment and run again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_llama3v.config import Encoded
+from mlx_llama3v.embeddings.lock import Lock
+from mlx_llama3v.embeddings.shard import Picture, Shard, verify_shard, write_shard
+from mlx_llama3v.embeddings.store import Manifest, Store, open_shard, read_failures, shard_files, write_failures
+from mlx_llama3v.embeddings.writer import StoreWriter, note_damage
+from mlx_llama3v.errors import StoreError
+
+Progress = Callable[[int, int], None]  # shards done, of how many
+
+
+def verify(path: Path, progress: Progress | None = None) -> dict[str, str]:
+    """Read everything and compare the checksums: file name -> what is wrong with it, for every damaged shard.
+
+    Their names are left in the store for the next `embed`, which sets them aside and makes their pictures anew; where
+    the disk refuses that, nothing is lost but this hint. Raises StoreError: no store there, of another version.
+    """
+    manifest, files, found = Manifest.read(path), shard_files(path), dict[str, str]()
+    for number, (_, file) in enumerate(files):
+        try:
+            open_shard(file, manifest)
+            verify_shard(file)
+        except StoreError as error:
+            found[file.name] = str(error)
+        if progress is not None:
+            progress(number + 1, len(files))
+    if found:
+        note_damage(path, found)
+    return found
+
+
+def prune(path: Path, keep: Collection[str], progress: Progress | None = None) -> tuple[int, int]:
+    """Keep only the pictures that the names of `keep` stand for; returns (pictures dropped, bytes freed).
+
+    A shard that loses something is written anew under the next number before the old one is deleted, so that at
+    most one shard's room is needed and a kill leaves a picture twice at worst, which the next run clears.
+    Raises StoreError: no store there, damaged, in use, or the disk refuses.
+    """
+    Manifest.read(path)  # a directory that is no store gets no lock file
+    lock = Lock(path)
+    try:
+        store = Store(path)
+        wanted = set(keep)
+        shas = {sha for shard in store.shards for name, sha in shard.index.names() if name in wanted}
+        number = max([number for number, _ in shard_files(path)], default=-1) + 1
+        before = store.info()
+        seen: set[str] = set()
+        for done, shard in enumerate(store.shards):
+            number += _prune_shard(shard, number, store.manifest, wanted, shas, seen)
+            if progress is not None:
+                progress(done + 1, len(store.shards))
+        left = {name: why for name, why in read_failures(path).items() if name in wanted}
+        if left != store.failures:
+            write_failures(path, left)
+        after = Store(path).info()
+        return before["images"] - after["images"], before["bytes"] - after["bytes"]
+    finally:
+        lock.release()
+
+
+def _prune_shard(
+    shard: Shard, number: int, manifest: Manifest, wanted: set[str], shas: set[str], seen: set[str]
+) -> bool:
+    """Whether a shard was written in the place of this one."""
+    kept = []
+    for i in range(shard.index.pictures):
+        sha = shard.index.sha(i)
+        if sha in shas and sha not in seen:
+            kept.append(i)
+            seen.add(sha)
+    names = {name: sha for name, sha in shard.index.names() if name in wanted}
+    if len(kept) == shard.index.pictures and len(names) == shard.index.name_count:
+        return False
+    if names or kept:
+        write_shard(
+            shard.path.with_name(f"shard-{number:05d}.safetensors"),
+            codec=manifest.codec,
+            fingerprint=manifest.digest,
+            pictures=[picture(shard, i) for i in kept],
+            names=names,
+            channels=shard.channels,
+        )
+    try:
+        shard.path.unlink()
+    except OSError as error:
+        raise StoreError(f"{shard.path} cannot be deleted: {error.strerror or error}.") from error
+    return bool(names or kept)
+
+
+def merge(sources: Collection[Path], output: Path, progress: Progress | None = None) -> dict[str, int]:
+    """Join stores of the same encoder and codec into the store `output`, each picture once: codes are copied as
+    they are. Returns {"images": added, "duplicates": left out, "conflicts": names that stand for another picture in
+    an earlier store, which keeps them}.
+
+    What `output` holds stays, and a run that was interrupted goes on. Raises StoreError: settings that differ, a
+    damaged source, a full disk.
+    """
+    stores = [Store(path) for path in sources]
+    if not stores:
+        raise StoreError("there is nothing to merge; name at least one store.")
+    first = stores[0].manifest
+    for store in stores[1:]:
+        store.manifest.check(store.path, fingerprint=first.fingerprint, codec=first.codec, post=first.post)
+    if any(store.path.resolve() == output.resolve() for store in stores):
+        raise StoreError(f"{output} is one of the stores to merge; give another directory for the result.")
+    shards = [shard for store in stores for shard in store.shards]
+    counts = {"images": 0, "duplicates": 0, "conflicts": 0}
+    with StoreWriter(output, first.fingerprint, first.codec, post=_Described(first.post)) as writer:
+        writer.adopt(first.fidelity)
+        for number, shard in enumerate(shards):
+            fresh = [i for i in range(shard.index.pictures) if not writer.has_hash(shard.index.sha(i))]
+            names = dict(shard.index.names())
+            counts["conflicts"] += sum(writer.sha_of(name) not in (None, sha) for name, sha in names.items())
+            names = {name: sha for name, sha in names.items() if not writer.has(name)}
+            writer.copy([picture(shard, i) for i in fresh], names, shard.channels)
+            counts["images"] += len(fresh)
+            counts["duplicates"] += shard.index.pictures - len(fresh)
+            if progress is not None:
+                progress(number + 1, len(shards))
+        for store in stores:
+            for name, why in store.failures.items():
+                if not writer.has(name):
+                    writer.fail(name, why)
+    return counts
+
+
+class _Described:
+    """The `post` of a writer that only copies."""
+
+    def __init__(self, description: Mapping[str, Any]) -> None:
+        self._description = dict(description)
+
+    def describe(self) -> dict[str, Any]:
+        """See Post."""
+        return self._description
+
+    def __call__(self, encoded: Encoded) -> Encoded:
+        """Never called: codes are copied as they are."""
+        raise NotImplementedError
+
+
+def picture(shard: Shard, i: int) -> Picture:
+    """One picture as it lies in a shard."""
+    return shard.index.sha(i), shard.index.layout(i), shard.read(i)

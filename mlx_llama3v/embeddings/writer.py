@@ -1,0 +1,290 @@
+"""Fills a store: pictures wait in memory until a shard is full, so a kill loses at most one shard."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+
+from mlx_llama3v.config import Encoded
+from mlx_llama3v.embeddings.codec import fidelity, get_codec
+from mlx_llama3v.embeddings.lock import Lock
+from mlx_llama3v.embeddings.shard import Parts, Picture, write_atomic, write_shard
+from mlx_llama3v.embeddings.store import (
+    MANIFEST,
+    Manifest,
+    Store,
+    open_shard,
+    plain,
+    shard_files,
+    write_failures,
+)
+from mlx_llama3v.errors import DamagedError, StoreError
+
+DAMAGE = "damage.json"  # names of shards that `verify` found damaged: the next writer sets them aside
+_MAX_NAMES = 1 << 16  # of one shard: keeps its index small where pictures are tiny
+_SAMPLE_BYTES = 64 << 20  # of float32 values that a codec's channels are fitted to
+_SAMPLE_ROWS = 4096  # of them that the fidelity is computed on
+
+
+class Post(Protocol):
+    """What is done to a picture's embeddings before the codec."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest must say."""
+
+    def __call__(self, encoded: Encoded) -> Encoded:
+        """Another layout and other values."""
+
+
+class StoreWriter:
+    """A store opened for adding pictures; a store that exists goes on where it ended.
+
+    Use it as a context manager: what is complete is written even when the block ends with an exception. For one
+    thread. A damaged shard is set aside (renamed to *.damaged), so that its pictures are made anew.
+
+    Attributes:
+        set_aside: files of damaged shards and why, as sentences.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        fingerprint: Mapping[str, Any],
+        codec: str = "float16",
+        shard_bytes: int = 512 << 20,
+        post: Post | None = None,
+    ) -> None:
+        """Open or create the store at `path`.
+
+        Args:
+            fingerprint: JSON-ready description of the encoder (Encoder.fingerprint()).
+            shard_bytes: a shard is written when it holds that much, and so grows a little beyond it.
+            post: done to every picture's embeddings first (pooling, the projector).
+
+        Raises:
+            StoreError: made with other settings, not writable, or another process is writing to it.
+        """
+        self.path = Path(path)
+        self.shard_bytes = shard_bytes
+        self.codec = get_codec(codec)
+        self.post = post
+        self.manifest = Manifest(plain(fingerprint), codec, plain(post.describe()) if post else {})
+        self.set_aside: tuple[str, ...] = ()
+        self._lock = Lock(self.path)
+        try:
+            self._open()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(self) -> None:
+        wanted = self.manifest
+        numbers = [number for number, _ in shard_files(self.path)]
+        if numbers or (self.path / MANIFEST).exists():
+            self.manifest = Manifest.read(self.path)
+            self.manifest.check(self.path, fingerprint=wanted.fingerprint, codec=wanted.codec, post=wanted.post)
+        else:
+            self.manifest.write(self.path)
+        for leftover in self.path.glob(".*.tmp"):  # of a writer that was killed; the lock says none is alive
+            leftover.unlink(missing_ok=True)
+        self.set_aside = _set_damaged_aside(self.path, self.manifest)
+        store = Store(self.path)
+        self._index, self._width, self._failures = store.index, store.width, dict(store.failures)
+        self._channels = next((shard.channels for shard in store.shards if shard.index.pictures), None)
+        self._number = max(numbers, default=-1) + 1
+        self._hashes: set[str] = set()  # of this run
+        self._names: dict[str, str] = {}
+        self._unfitted: list[tuple[str, Encoded]] = []
+        self._pictures: list[Picture] = []
+        self._new_names: dict[str, str] = {}
+        self._pending_bytes = self._sample_bytes = 0
+        self._failures_changed = False
+
+    def require(self, fingerprint: Mapping[str, Any]) -> None:
+        """Raises StoreError when the store was opened for another encoder."""
+        self.manifest.check(self.path, fingerprint=fingerprint)
+
+    def has(self, name: str) -> bool:
+        """Whether a picture of that name is stored or waiting to be written."""
+        return self.sha_of(name) is not None
+
+    def sha_of(self, name: str) -> str | None:
+        """Content hash of the picture that `name` stands for."""
+        if name in self._names:
+            return self._names[name]
+        position = self._index.find_name(name)
+        return None if position is None else self._index.sha(position)
+
+    def has_hash(self, sha: str) -> bool:
+        """Whether a picture with those bytes is stored or waiting. May be asked from any thread."""
+        return sha in self._hashes or self._index.find_sha(sha) is not None
+
+    def add(self, name: str, sha: str, encoded: Encoded) -> int:
+        """Add one picture under `name` and return the bytes it takes; a known hash only costs the name.
+
+        Args:
+            sha: SHA-256 of the picture's bytes, in hexadecimal.
+
+        Raises:
+            StoreError: the embeddings are not [layout.patches, D] or not finite, or the disk is full.
+        """
+        size = 0
+        if not self.has_hash(sha):
+            self._check(name, encoded)
+            if self.post is not None:
+                encoded = self.post(encoded)
+            width = encoded.patches.shape[-1]
+            if self._width not in (0, width):
+                raise StoreError(f"{name!r}: embeddings have width {width}, those of the store {self._width}.")
+            self._width = width
+            self._hashes.add(sha)
+            size = self.codec.row_bytes(width) * encoded.layout.patches
+            self._pending_bytes += size
+            if self._channels is None:
+                self._unfitted.append((sha, encoded))
+                self._sample_bytes += 4 * encoded.patches.size
+                if self._sample_bytes >= _SAMPLE_BYTES:
+                    self._fit()
+            else:
+                self._pictures.append((sha, encoded.layout, self.codec.encode(encoded.patches, self._channels)))
+        self.alias(name, sha)
+        return size
+
+    def alias(self, name: str, sha: str) -> None:
+        """Let `name` stand for a picture that is stored or waiting; the name's failure is dropped."""
+        if not self.has_hash(sha):
+            raise KeyError(sha)
+        self._names[name] = self._new_names[name] = sha
+        if self._failures.pop(name, None) is not None:
+            self._failures_changed = True
+        if self._pending_bytes >= self.shard_bytes or len(self._new_names) >= _MAX_NAMES:
+            self.flush()
+
+    def fail(self, name: str, reason: str) -> None:
+        """List a picture that could not be read; a later run tries it again."""
+        if self._failures.get(name) != reason:
+            self._failures[name] = reason
+            self._failures_changed = True
+
+    def flush(self) -> None:
+        """Write what waits as one shard. Raises StoreError when the disk refuses; then it still waits."""
+        self._fit()
+        if self._new_names:
+            self._write(self._pictures, self._new_names, self._channels or {})
+            self._pictures, self._new_names, self._pending_bytes = [], {}, 0
+        if self._failures_changed:
+            write_failures(self.path, self._failures)
+            self._failures_changed = False
+
+    def copy(self, pictures: list[Picture], names: Mapping[str, str], channels: Parts) -> None:
+        """Write coded pictures of another store and names as a shard, as they are. Raises StoreError."""
+        self.flush()
+        if pictures or names:
+            self._write(pictures, names, channels)
+            self._hashes.update(sha for sha, _, _ in pictures)
+            self._names.update(names)
+            for name in names:
+                self._failures_changed |= self._failures.pop(name, None) is not None
+
+    def adopt(self, found: Mapping[str, float]) -> None:
+        """Take over another store's fidelity, where none is known here."""
+        if found and not self.manifest.fidelity:
+            self.manifest = replace(self.manifest, fidelity=dict(found))
+            self.manifest.write(self.path)
+
+    def _write(self, pictures: list[Picture], names: Mapping[str, str], channels: Parts) -> None:
+        write_shard(
+            self.path / f"shard-{self._number:05d}.safetensors",
+            codec=self.codec.name,
+            fingerprint=self.manifest.digest,
+            pictures=pictures,
+            names=names,
+            channels=channels,
+        )
+        self._number += 1
+
+    def _check(self, name: str, encoded: Encoded) -> None:
+        values = encoded.patches
+        if values.ndim != 2 or len(values) != encoded.layout.patches:
+            raise StoreError(
+                f"{name!r}: embeddings have shape {values.shape}, expected ({encoded.layout.patches}, ...)."
+            )
+        if not np.isfinite(values).all():
+            raise StoreError(f"{name!r}: the encoder gave values that are not finite; its weights are damaged.")
+
+    def _fit(self) -> None:
+        """Fit the codec to the pictures that wait for that, say in the manifest how well it does, and encode them."""
+        if not self._unfitted:
+            return
+        sample = np.concatenate([encoded.patches for _, encoded in self._unfitted])
+        channels = self.codec.fit(sample)
+        few = sample[:: -(-len(sample) // _SAMPLE_ROWS)]
+        found = fidelity(few, self.codec.decode({**self.codec.encode(few, channels), **channels}))
+        self.manifest = replace(self.manifest, fidelity=found)
+        self.manifest.write(self.path)
+        self._channels = channels
+        self._pictures = [(sha, at.layout, self.codec.encode(at.patches, channels)) for sha, at in self._unfitted]
+        self._unfitted = []
+
+    def close(self) -> None:
+        """Write what waits and let other writers in. A second call does nothing."""
+        if self._lock.held:
+            try:
+                self.flush()
+            finally:
+                self._lock.release()
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and issubclass(kind, StoreError):
+            self._lock.release()  # The disk refused once; a second try would hide the first error.
+        else:
+            self.close()
+
+
+def _set_damaged_aside(path: Path, manifest: Manifest) -> tuple[str, ...]:
+    """Rename what is damaged, by its header or by an earlier `verify`; what is there stays on the disk."""
+    found = []
+    noted = read_damage(path)
+    for _, file in shard_files(path):
+        try:
+            open_shard(file, manifest)
+            if file.name not in noted:
+                continue
+            why = f"{file} is damaged: {noted[file.name]}"
+        except DamagedError as error:
+            why = str(error)
+        aside = file.with_name(f"{file.name}.damaged")
+        try:
+            os.replace(file, aside)
+        except OSError as error:
+            raise StoreError(f"{file} is damaged and cannot be set aside: {error.strerror or error}.") from error
+        found.append(f"{why.rstrip('.')}; set aside as {aside.name}, its pictures are made anew.")
+    if noted:
+        (path / DAMAGE).unlink(missing_ok=True)
+    return tuple(found)
+
+
+def read_damage(path: Path) -> dict[str, str]:
+    """Name of a shard -> what `verify` found."""
+    try:
+        values = json.loads((path / DAMAGE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {str(name): str(why) for name, why in values.items()} if isinstance(values, dict) else {}
+
+
+def note_damage(path: Path, found: Mapping[str, str]) -> None:
+    """Leave word for the next writer. Raises StoreError when the disk refuses."""
+    write_atomic(path / DAMAGE, [json.dumps(dict(found), indent=2).encode()])
