@@ -125,23 +125,25 @@ class Int4(_Sized):
     def encode(self, values: np.ndarray, channels: Parts) -> dict[str, np.ndarray]:
         """See Codec; a width that is no multiple of 16 is padded to one."""
         normal, scale = _normalise(values, channels, 1)
-        groups = np.pad(normal, ((0, 0), (0, -normal.shape[1] % _GROUP))).reshape(len(normal), -1, _GROUP)
+        groups = np.pad(normal, ((0, 0), (0, -normal.shape[1] % _GROUP)))
+        groups = groups.reshape(len(normal), groups.shape[1] // _GROUP, _GROUP)
         extreme = np.take_along_axis(groups, np.abs(groups).argmax(-1)[..., None], -1)[..., 0]
         with np.errstate(divide="ignore"):
             # Rounded down: saturating the largest value a little costs less than coarser steps for the other 15.
             power = np.floor(np.log2(np.abs(extreme) / 8) * _STEPS) + 127
         power = np.clip(power, 0, 127).astype(np.uint8) | np.where(extreme > 0, 128, 0).astype(np.uint8)
         codes = np.clip(np.rint(groups / _GROUP_SCALES[power][..., None]), -8, 7).astype(np.int8).view(np.uint8)
-        codes = codes.reshape(len(normal), -1) & 15
+        codes = codes.reshape(len(normal), groups.shape[1] * _GROUP) & 15
         return {"codes": codes[:, ::2] | codes[:, 1::2] << 4, "groups": power, "scales": scale}
 
     def decode(self, parts: Parts, xp: Any = np) -> Any:
         """See Codec; float32."""
         packed, lead = parts["codes"], parts["codes"].shape[:-1]
-        codes = xp.stack([packed & 15, packed >> 4], -1).reshape(*lead, -1, _GROUP)
+        groups = parts["groups"].shape[-1]
+        codes = xp.stack([packed & 15, packed >> 4], -1).reshape(*lead, groups, _GROUP)
         signed = ((codes ^ 8).astype(xp.float32) - 8) * _table(xp)[parts["groups"]][..., None]
         width = parts["channel.scale"].shape[-1]
-        values = signed.reshape(*lead, -1)[..., :width] * parts["scales"].astype(xp.float32)
+        values = signed.reshape(*lead, groups * _GROUP)[..., :width] * parts["scales"].astype(xp.float32)
         return values * parts["channel.scale"] + parts["channel.offset"]
 
     def rows(self, width: int) -> dict[str, tuple[type, int]]:
@@ -161,7 +163,7 @@ def _table(xp: ModuleType) -> Any:
 
 def _fit(values: np.ndarray) -> dict[str, np.ndarray]:
     """Mean and standard deviation of every channel, float32 [1, D]."""
-    values = values.astype(np.float32)
+    values = np.clip(values.astype(np.float32), -_LIMIT, _LIMIT)
     offset, scale = values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)
     scale = np.maximum(scale, _FLOOR * np.median(scale))
     scale[scale == 0] = 1
