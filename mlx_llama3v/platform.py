@@ -13,6 +13,7 @@ import ctypes.util
 import os
 import shutil
 import sys
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,17 @@ def default_dtype() -> Any:
     import mlx.core as mx
 
     return mx.float32 if device_name() == "cpu" else mx.bfloat16
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process held at most."""
+    with suppress(OSError, ValueError, IndexError):  # Linux; getrusage there starts with the parent's peak
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def machine() -> dict[str, str]:

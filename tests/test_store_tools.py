@@ -60,6 +60,10 @@ def test_a_store_gives_back_what_it_was_given(
         wanted = pool_picture(encoded, pool)
         read = store.read(name)
         assert read.layout == wanted.layout == store.layout(name) == pooled_layout(encoded.layout, pool)
+        coded = store.read_batch([name])[0]
+        assert coded.layout == read.layout and all(
+            (part == store.read_coded(name).parts[key]).all() for key, part in coded.parts.items()
+        )
         assert size == store.codec.row_bytes(WIDTH) * wanted.layout.patches
         most = {"float16": 0.002, "int8": 0.05, "int4": 0.9}[codec]
         np.testing.assert_allclose(read.patches.astype(np.float32), wanted.patches, atol=most)

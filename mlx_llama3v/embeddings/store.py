@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,6 +140,21 @@ class Store:
         """One picture as it lies on disk; `codec.decode` takes its parts. Raises as `read` does."""
         shard, i = self._find(name)
         return Coded(shard.index.layout(i), shard.read(i) | shard.channels)
+
+    def read_batch(self, names: Sequence[str]) -> list[Coded]:
+        """As `read_coded` for many pictures, all announced to the system before the first is read.
+
+        On a cold disk that doubles the rate of one read after the other (benchmarks/store.py).
+        """
+        found = [self._find(name) for name in names]
+        with ExitStack() as files:
+            opened = {shard.path: files.enter_context(shard.opened()) for shard, _ in found}
+            for shard, i in found:
+                shard.advise(opened[shard.path], i)
+            return [
+                Coded(shard.index.layout(i), shard.read_from(opened[shard.path], i) | shard.channels)
+                for shard, i in found
+            ]
 
     @property
     def width(self) -> int:
