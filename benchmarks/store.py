@@ -1,12 +1,13 @@
 """Does the store keep up: opening a million pictures, planning an epoch, random reading beside sequential reading.
 
-    python benchmarks/store.py [--images 1000000] [--slices 100000] [--width 768 --tokens 196] [--output store.json]
+    python benchmarks/store.py [--images 1000000] [--slices 20000] [--width 1152 --tokens 729] [--output store.json]
 
 Two stores of random values are written with the production writer to a temporary directory. (1) `--images` pictures
 of tiny embeddings: seconds and memory to open it in a fresh process, seconds to shuffle and batch one epoch's
-lengths. (2) `--slices` slices in int8: random batches of 32 through `read_batch` beside one sequential read of the same
-files with a buffer of 4 MB: from the disk (page cache emptied before each, as root on Linux; a tenth of the slices)
-and from the page cache. The sequential reader throws the bytes away, the random one leaves them in new arrays.
+lengths. (2) `--slices` slices of so400m/14-384 in int8: random batches of 32, announced before they are read, beside a
+sequential read of the same files (a buffer of 4 MB): from the disk (page cache emptied before each, as root on
+Linux; a tenth of the slices) and from the page cache. The sequential reader throws the bytes away, the random one
+leaves them in arrays.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +72,7 @@ def scale(path: Path, images: int) -> dict[str, float]:
     }
 
 
-def reading(path: Path, slices: int, tokens: int, width: int, rounds: int) -> dict[str, float]:
+def reading(path: Path, slices: int, tokens: int, width: int, rounds: int, threads: int) -> dict[str, float]:
     """Random batches of 32 pictures beside reading the files from end to end."""
     side = int(tokens**0.5)
     layout = SliceLayout((side, side))
@@ -92,7 +94,7 @@ def reading(path: Path, slices: int, tokens: int, width: int, rounds: int) -> di
                     drop_caches()
                 picked = [names[i] for i in np.random.default_rng(turn).permutation(len(store)).tolist()][:few]
                 started = time.perf_counter()
-                done = sequential(store, few * size) if kind == "sequential" else random(store, picked) * size
+                done = sequential(store, few * size) if kind == "sequential" else random(store, picked, threads) * size
                 rates[kind].append(done / (time.perf_counter() - started) / 1e9)
         for kind, values in rates.items():
             found[f"{state}_{kind}_gb_s"] = statistics.median(values)
@@ -110,9 +112,16 @@ def sequential(store: Store, most: int) -> int:
     return done
 
 
-def random(store: Store, names: list[str]) -> int:
+def random(store: Store, names: list[str], threads: int) -> int:
     """Pictures read, 32 at a time."""
-    return sum(len(store.read_batch(names[i : i + 32])) for i in range(0, len(names), 32))
+    batches = [names[i : i + 32] for i in range(0, len(names), 32)]
+
+    def read(number: int) -> int:
+        store.announce([name for batch in batches[number + threads : number + threads + 1] for name in batch])
+        return len(store.read_batch(batches[number]))
+
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(read, range(len(batches))))
 
 
 def drop_caches() -> bool:
@@ -129,16 +138,19 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1_000_000)
-    parser.add_argument("--slices", type=int, default=100_000)
-    parser.add_argument("--tokens", type=int, default=196)
-    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--slices", type=int, default=20_000)
+    parser.add_argument("--tokens", type=int, default=729)
+    parser.add_argument("--width", type=int, default=1152)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     found: dict[str, object] = {"machine": machine(), "arguments": {k: str(v) for k, v in vars(args).items()}}
     with tempfile.TemporaryDirectory() as folder:
         found["scale"] = scale(Path(folder) / "scale", args.images)
-        found["reading"] = reading(Path(folder) / "reading", args.slices, args.tokens, args.width, args.rounds)
+        found["reading"] = reading(
+            Path(folder) / "reading", args.slices, args.tokens, args.width, args.rounds, args.threads
+        )
     print(json.dumps(found, indent=2))
     if args.output:
         args.output.write_text(json.dumps(found, indent=2) + "\n")

@@ -138,8 +138,8 @@ class Index:
         self._shards = tuple(shards)
         self._first = np.cumsum([0, *(shard.pictures for shard in self._shards)])
         self._first_name = np.cumsum([0, *(shard.name_count for shard in self._shards)])
-        self._hashes = _Table(self._joined("index.sha")[:, :8].copy().view("<u8").ravel())
-        self._keys = _Table(self._joined("index.name_keys"))
+        self._hashes = _Table([_prefix(shard.tensors["index.sha"]) for shard in self._shards])
+        self._keys = _Table([shard.tensors["index.name_keys"] for shard in self._shards])
         self._picture = self._resolve()
         # Of each name only the last entry that leads to a picture counts.
         for group in self._keys.repeated():
@@ -188,19 +188,23 @@ class Index:
         return shard, position - int(self._first[shard])
 
     def _resolve(self) -> np.ndarray:
-        """Position of the picture that each name stands for, -1 where it is in no shard; int32 [m]."""
-        wanted, have = self._joined("index.name_sha"), self._joined("index.sha")
-        found = self._hashes.find_all(wanted[:, :8].copy().view("<u8").ravel())
-        if len(have):
-            other = np.flatnonzero((found >= 0) & (have[found] != wanted).any(1))
-            for i in other.tolist():  # the same first 64 bits, another picture
-                at = self.find_sha(wanted[i].tobytes().hex())
-                found[i] = -1 if at is None else at
-        return found
+        """Position of the picture that each name stands for, -1 where it is in no shard; int32 [m].
 
-    def _joined(self, key: str) -> np.ndarray:
-        dtype, row = TENSORS[key]
-        return np.concatenate([np.empty((0, *row), dtype), *(shard.tensors[key] for shard in self._shards)])
+        Shard after shard, so that no second copy of all hashes is made.
+        """
+        resolved = [np.empty(0, np.int32)]
+        for shard in self._shards:
+            wanted = shard.tensors["index.name_sha"]
+            found = self._hashes.find_all(_prefix(wanted))
+            numbers = np.searchsorted(self._first, found, side="right") - 1
+            for number in np.unique(numbers[found >= 0]).tolist():
+                at = np.flatnonzero((found >= 0) & (numbers == number))
+                have = self._shards[number].tensors["index.sha"][found[at] - self._first[number]]
+                for i in at[(have != wanted[at]).any(1)].tolist():  # the same first 64 bits, another picture
+                    position = self.find_sha(wanted[i].tobytes().hex())
+                    found[i] = -1 if position is None else position
+            resolved.append(found)
+        return np.concatenate(resolved)
 
     def sha(self, position: int) -> str:
         """Content hash of the picture at `position`."""
@@ -215,7 +219,8 @@ class Index:
 class _Table:
     """Where 64-bit keys are."""
 
-    def __init__(self, keys: np.ndarray) -> None:
+    def __init__(self, parts: list[np.ndarray]) -> None:
+        keys = np.concatenate([np.empty(0, np.uint64), *parts])
         self._order = np.argsort(keys, kind="stable").astype(np.int32)
         self._sorted = keys[self._order]
 
@@ -238,6 +243,11 @@ class _Table:
         for start in starts:
             end = int(np.searchsorted(self._sorted, self._sorted[start], side="right"))
             yield self._order[start:end]
+
+
+def _prefix(sha: np.ndarray) -> np.ndarray:
+    """The first 64 bits of hashes [n, 32], uint64 [n]."""
+    return np.ascontiguousarray(sha[:, :8]).view("<u8")[:, 0]
 
 
 def _bytes(name: str) -> bytes:

@@ -79,7 +79,22 @@ class Shard:
         Raises StoreError naming the file where it is gone or was cut short.
         """
         with self.opened() as descriptor:
-            return self.read_from(descriptor, i)
+            return self.read_from(descriptor, i, np.empty(self.size(i), np.uint8))
+
+    def size(self, i: int) -> int:
+        """Bytes that `read_from` needs for picture i: its parts, each at a multiple of 8."""
+        return sum(_aligned(int(self.index.patches[i]) * part.row_bytes) for part in self.parts.values())
+
+    def read_from(self, descriptor: int, i: int, buffer: np.ndarray) -> dict[str, np.ndarray]:
+        """As `read`, from a file that is open, into `buffer` (uint8 [size(i)]), of which the parts are views."""
+        start, rows = int(self.index.starts[i]), int(self.index.patches[i])
+        found, at = {}, 0
+        for name, part in self.parts.items():
+            count = rows * part.row_bytes
+            self._fill(descriptor, part.offset + start * part.row_bytes, buffer[at : at + count])
+            found[name] = buffer[at : at + count].view(part.dtype).reshape(rows, *part.shape[1:])
+            at += _aligned(count)
+        return found
 
     @contextmanager
     def opened(self) -> Iterator[int]:
@@ -93,26 +108,23 @@ class Shard:
         except OSError as error:
             raise StoreError(f"{self.path} cannot be read: {error.strerror or error}.") from error
 
-    def read_from(self, descriptor: int, i: int) -> dict[str, np.ndarray]:
-        """As `read`, from a file that is open."""
-        start, rows = int(self.index.starts[i]), int(self.index.patches[i])
-        return {name: self._rows(descriptor, part, start, rows) for name, part in self.parts.items()}
-
     def advise(self, descriptor: int, i: int) -> None:
         """Tell the system that picture i is read next: its disk then works on many pictures at once."""
         start, rows = int(self.index.starts[i]), int(self.index.patches[i])
         for part in self.parts.values():
             _advise(descriptor, part.offset + start * part.row_bytes, rows * part.row_bytes)
 
-    def _rows(self, descriptor: int, part: Tensor, start: int, rows: int) -> np.ndarray:
-        found = np.empty((rows, *part.shape[1:]), part.dtype)
-        left, offset = _view(found), part.offset + start * part.row_bytes
+    def _fill(self, descriptor: int, offset: int, target: np.ndarray) -> None:
+        left = _view(target)
         while left:
             count = os.preadv(descriptor, [left], offset)
             if not count:
                 raise damaged(self.path, f"it ends {len(left)} bytes into a picture")
             left, offset = left[count:], offset + count
-        return found
+
+
+def _aligned(count: int) -> int:
+    return -(-count // 8) * 8
 
 
 def _advise(descriptor: int, offset: int, count: int) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -142,19 +142,27 @@ class Store:
         return Coded(shard.index.layout(i), shard.read(i) | shard.channels)
 
     def read_batch(self, names: Sequence[str]) -> list[Coded]:
-        """As `read_coded` for many pictures, all announced to the system before the first is read.
+        """As `read_coded` for many pictures, which become views of one array: that spares most page faults."""
+        found = [self._find(name) for name in names]
+        ends = np.cumsum([0, *(shard.size(i) for shard, i in found)])
+        buffer = np.empty(ends[-1], np.uint8)
+        with ExitStack() as files:
+            opened = {shard.path: files.enter_context(shard.opened()) for shard, _ in found}
+            return [
+                Coded(shard.index.layout(i), shard.read_from(opened[shard.path], i, buffer[start:end]) | shard.channels)
+                for (shard, i), start, end in zip(found, ends[:-1].tolist(), ends[1:].tolist(), strict=True)
+            ]
 
-        On a cold disk that doubles the rate of one read after the other (benchmarks/store.py).
+    def announce(self, names: Iterable[str]) -> None:
+        """Tell the system which pictures are read next, so that its disk works on many at once. Returns at once.
+
+        On a cold disk that doubles the rate of one read after the other (benchmarks/store.py). Raises as `read` does.
         """
         found = [self._find(name) for name in names]
         with ExitStack() as files:
             opened = {shard.path: files.enter_context(shard.opened()) for shard, _ in found}
             for shard, i in found:
                 shard.advise(opened[shard.path], i)
-            return [
-                Coded(shard.index.layout(i), shard.read_from(opened[shard.path], i) | shard.channels)
-                for shard, i in found
-            ]
 
     @property
     def width(self) -> int:
