@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,7 +24,18 @@ def embed(
     ],
     output: Annotated[Path, typer.Option("--output", help="Store to fill; an existing one goes on.")] = Path("store"),
     image_folder: Annotated[Path | None, typer.Option("--image-folder", help="Where names in DATA start.")] = None,
-    codec: Annotated[str, typer.Option("--codec", help="float16.")] = "float16",
+    codec: Annotated[
+        Literal["float16", "int8", "int4"],
+        typer.Option("--codec", help="How embeddings are held: int8 is half of float16, int4 0.28 of it."),
+    ] = "float16",
+    pool: Annotated[
+        int | None,
+        typer.Option("--pool", min=1, help="Store the mean over N x N patches.", show_default=False),
+    ] = None,
+    after_projector: Annotated[
+        Path | None,
+        typer.Option("--after-projector", help="Run whose projector's output is stored instead, for stage sft."),
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Slices a forward pass.")] = 16,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Threads that open and cut pictures.")] = 2,
     max_slices: MaxSlices = None,
@@ -42,6 +53,8 @@ def embed(
             output,
             image_folder=image_folder,
             codec=codec,
+            pool=pool,
+            after_projector=after_projector,
             batch_size=batch_size,
             workers=workers,
             max_slices=max_slices,

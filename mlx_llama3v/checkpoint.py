@@ -25,6 +25,7 @@ from mlx_llama3v.config import ImageConfig, ModelConfig, SiglipTextConfig, Visio
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.model import Llama3V, quantize_decoder
 from mlx_llama3v.platform import device_name
+from mlx_llama3v.projector import Projector
 from mlx_llama3v.tensors import (
     SHARD_BYTES,
     load_file,
@@ -267,6 +268,33 @@ def load_run(model: Llama3V, run_dir: str | Path) -> None:
         mx.eval([value for _, value in learned])
         module.load_weights(learned, strict=False)
     model.eval()
+
+
+def load_projector(config: ModelConfig, run: str | Path) -> Projector:
+    """The projector that a run (or its projector.safetensors) holds, for a model of that configuration.
+
+    Raises one CheckpointError that names every tensor which is missing, unexpected or misshapen.
+    """
+    run = Path(run).expanduser()
+    file = run if run.is_file() else run / "projector.safetensors"
+    projector = Projector(config.projector_config)
+    weights = load_file(file)
+    refuse([f"projector: {text}" for text in mismatches(parameters(projector), weights)], file)
+    projector.load_weights([*weights.items()])
+    mx.eval(projector.parameters())
+    projector.eval()
+    return projector
+
+
+def run_pool(run_dir: str | Path | None) -> int | None:
+    """N of the N x N patches whose means a run was trained on; None where the run does not say."""
+    file = Path(run_dir).expanduser() / "config.json" if run_dir is not None else None
+    if file is None or not file.is_file():
+        return None
+    store = read_json(file).get("store")
+    post = store.get("post") if isinstance(store, dict) else None
+    pool = post.get("pool", 1) if isinstance(post, dict) else None
+    return pool if isinstance(pool, int) and pool > 0 else None
 
 
 def _add_adapters(decoder: nn.Module, config_file: Path) -> dict[str, mx.array]:

@@ -124,7 +124,7 @@ class Encoded(NamedTuple):
 class ProjectorConfig:
     """From patch embeddings to the decoder's width; see projector.py."""
 
-    kind: str = "attention"  # attention | linear | mlp
+    kind: str = "attention"  # attention | linear | mlp; "stored": a store that holds the projector's output
     in_dim: int = 1152
     out_dim: int = 4096
     hidden_dim: int = 1152  # width of the two self-attention blocks; the mlp's hidden width is out_dim
@@ -151,6 +151,7 @@ class ModelConfig:
     tiling: TilingConfig = field(default_factory=TilingConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
     vision_feature_layer: int = -1  # index into hidden_states: -1 is the last block's output, before post_layernorm
+    patch_pool: int = 1  # mean over N x N patches before the projector (`embed --pool`)
     marker_ids: tuple[int, ...] = ()  # ids that stand for MARKERS in a sequence; their vectors are projector rows
     eos_token_ids: tuple[int, ...] = ()
     siglip_text_config: SiglipTextConfig | None = None  # present where the text tower was kept (for classify)

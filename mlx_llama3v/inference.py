@@ -188,6 +188,8 @@ def load(model: str | Path, run: str | Path | None = None, *, system: str | None
     if run is not None:
         checkpoint.load_run(llama3v, Path(run))
     encoder = load_encoder(path) if read_tensors(path, ("vision_tower.",)) else None
+    if encoder is not None:
+        encoder.pool = checkpoint.run_pool(run) or encoder.pool
     tokens = Tokens.load(path, config.marker_ids, config.eos_token_ids)
     return Session(llama3v, tokens, encoder, system)
 
@@ -196,7 +198,9 @@ def load_encoder(model: str | Path) -> Encoder:
     """The vision tower of a model directory with all that decides what it sees. Raises CheckpointError."""
     path = checkpoint.resolve(model)
     config, tower = checkpoint.load_config(path), checkpoint.load_tower(path)
-    return Encoder(tower, config.vision_config, config.image, config.tiling, config.vision_feature_layer)
+    return Encoder(
+        tower, config.vision_config, config.image, config.tiling, config.vision_feature_layer, config.patch_pool
+    )
 
 
 def stream(session: Session, prompt: str, images: Sequence[Picture] = (), **sampling: Any) -> Iterator[str]:

@@ -54,7 +54,10 @@ class Llama3V(nn.Module):
             return text
         table = self.projector.markers.astype(text.dtype)
         if patches is not None and grid is not None:
-            visual = self.projector(patches.astype(text.dtype), grid, num_tokens)
+            if self.config.projector_config.kind == "stored":
+                visual = patches[:, :num_tokens].astype(text.dtype)
+            else:
+                visual = self.projector(patches.astype(text.dtype), grid, num_tokens)
             table = mx.concatenate([table, visual.reshape(-1, table.shape[-1])])
         other = mx.take(table, mx.maximum(source - 1, 0), axis=0)
         return mx.where((source > 0)[..., None], other, text)

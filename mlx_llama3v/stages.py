@@ -7,19 +7,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_llama3v.checkpoint import load_config, load_model, load_run, load_tower, resolve
+from mlx_llama3v.checkpoint import load_config, load_model, load_projector, load_run, load_tower, resolve
 from mlx_llama3v.config import ModelConfig, TilingConfig
 from mlx_llama3v.data.llava import folder_images, image_paths, read_records
 from mlx_llama3v.data.records import Problem
 from mlx_llama3v.embeddings.embed import EmbedProgress, EmbedSummary, embed_images
 from mlx_llama3v.embeddings.store import Store
-from mlx_llama3v.embeddings.writer import StoreWriter
+from mlx_llama3v.embeddings.writer import Post, StoreWriter
 from mlx_llama3v.errors import DataError, RunError, StoreError
+from mlx_llama3v.model import Llama3V
+from mlx_llama3v.projected import Projected, projector_digest, stored_config
 from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.train.report import Callbacks
 from mlx_llama3v.train.trainer import TrainResult, train
 from mlx_llama3v.vision.encode import Encoder
+from mlx_llama3v.vision.pool import Pool
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,9 @@ def load_encoder(model: str | Path, *, max_slices: int | None = None, offline: b
     path = resolve(model, offline=offline)
     config = load_config(path)
     tiling = config.tiling if max_slices is None else TilingConfig(config.tiling.mode, max_slices)
-    return Encoder(load_tower(path), config.vision_config, config.image, tiling, config.vision_feature_layer)
+    return Encoder(
+        load_tower(path), config.vision_config, config.image, tiling, config.vision_feature_layer, config.patch_pool
+    )
 
 
 def embed_data(
@@ -47,6 +52,8 @@ def embed_data(
     *,
     image_folder: Path | None = None,
     codec: str = "float16",
+    pool: int | None = None,
+    after_projector: Path | None = None,
     batch_size: int = 16,
     workers: int = 2,
     max_slices: int | None = None,
@@ -56,6 +63,10 @@ def embed_data(
     """Encode every picture of `data` (LLaVA JSON or JSONL, or a folder) into the store `output`.
 
     A store that exists goes on. Raises UserError: no such data, a store of another encoder, a full disk.
+
+    Args:
+        pool: store the mean over pool x pool patches; default: the model's own (`patch_pool`).
+        after_projector: a run (or its projector.safetensors): store that projector's output, for stage sft.
     """
     problems: list[Problem] = []
     if data.is_dir():
@@ -65,13 +76,22 @@ def embed_data(
         problems += records.problems
         images = image_paths(records, image_folder)
     encoder = load_encoder(model, max_slices=max_slices, offline=offline)
-    with StoreWriter(output, encoder.fingerprint(), codec) as writer:
+    post = _post(load_config(resolve(model, offline=offline)), pool, after_projector)
+    with StoreWriter(output, encoder.fingerprint(), codec, post=post) as writer:
         summary = embed_images(
             images.items(), encoder, writer, batch_size=batch_size, workers=workers, progress=progress
         )
     store = Store(output)
     failed = [Problem(name, reason) for name, reason in store.failures.items() if name in images]
     return EmbedReport(output, summary, store.info(), (*problems, *failed))
+
+
+def _post(config: ModelConfig, pool: int | None, after_projector: Path | None) -> Post | None:
+    """What is done to embeddings before they are stored."""
+    pool = pool or config.patch_pool
+    if after_projector is not None:
+        return Projected(load_projector(config, after_projector), config.projector_config, pool)
+    return Pool(pool) if pool > 1 else None
 
 
 def picture_names(data: Path) -> list[str]:
@@ -109,6 +129,8 @@ def train_stage(
     llama3v = load_model(path)
     if projector is not None:
         load_run(llama3v, projector.parent if projector.is_file() else projector)
+    if "projector" in store.manifest.post:
+        _use_stored_tokens(llama3v, store, config.stage)
     tokens = Tokens.load(path, model_config.marker_ids, model_config.eos_token_ids)
     notes = {"model": str(model), "data_file": str(data), "projector": str(projector or "")}
     result = train(
@@ -123,6 +145,19 @@ def train_stage(
         notes=notes,
     )
     return replace(result, problems=(*records.problems, *result.problems))
+
+
+def _use_stored_tokens(model: Llama3V, store: Store, stage: str) -> None:
+    """Let the model take the projector's output from the store. Raises RunError where that is another projector's."""
+    if stage != "sft":
+        raise RunError(f"{store.path} holds the output of a projector; stage {stage} trains one and needs its input.")
+    theirs, ours = store.manifest.post["projector"], projector_digest(model.projector)
+    if theirs != ours:
+        raise RunError(
+            f"{store.path} holds the output of projector {theirs[:12]}, but --projector gives {ours[:12]}; "
+            "use the run that it was embedded with, or embed again."
+        )
+    model.config = replace(model.config, projector_config=stored_config(model.config.projector_config))
 
 
 def _check_store(store: Store, path: Path, config: ModelConfig, model: Path) -> None:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_llama3v.errors import CheckpointError
@@ -184,3 +186,11 @@ def write_text(path: Path, text: str) -> None:
     """Write and fsync a text file."""
     path.write_text(text, encoding="utf-8")
     sync(path)
+
+
+def digest(tensors: Mapping[str, mx.array]) -> str:
+    """SHA-256 of names and float32 values, whatever their order."""
+    found = sha256()
+    for name, value in sorted(tensors.items()):
+        found.update(name.encode() + np.array(value.astype(mx.float32)).tobytes())
+    return found.hexdigest()

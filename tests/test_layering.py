@@ -20,6 +20,7 @@ ORDER = (
     ("embeddings",),
     ("compat",),
     ("projector",),
+    ("projected",),
     ("model",),
     ("checkpoint",),
     ("data", "score"),

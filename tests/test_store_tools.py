@@ -19,10 +19,10 @@ from mlx_llama3v.config import Encoded, SliceLayout
 from mlx_llama3v.embeddings import tools
 from mlx_llama3v.embeddings.codec import CODECS
 from mlx_llama3v.embeddings.index import ShardIndex, name_key
-from mlx_llama3v.embeddings.pool import Pool, pool_picture, pooled_layout
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.errors import DamagedError, StoreError, UserError
+from mlx_llama3v.vision.pool import Pool, pool_picture, pooled_layout
 from tests.test_store import COUNT, FINGERPRINT, WIDTH, contents, expected, fill, picture, sha
 
 LAYOUTS = st.builds(

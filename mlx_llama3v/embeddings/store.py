@@ -43,7 +43,7 @@ class Manifest:
 
     fingerprint: dict[str, Any]
     codec: str
-    post: dict[str, Any] = field(default_factory=dict)  # what was done before the codec (pool.py, after.py)
+    post: dict[str, Any] = field(default_factory=dict)  # what was done before the codec (vision/pool.py, projected.py)
     fidelity: dict[str, float] = field(default_factory=dict)  # of the codec, on the first pictures
 
     @property

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_llama3v.data.batches import Batch, build_rows
 from mlx_llama3v.data.records import Problem, Record
@@ -27,7 +26,7 @@ from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.errors import DataError, RunError
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.platform import machine
-from mlx_llama3v.tensors import parameters, save_safetensors_atomic, write_text
+from mlx_llama3v.tensors import digest, parameters, save_safetensors_atomic, write_text
 from mlx_llama3v.text.prompt import describe
 from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.train import resume as checkpointing
@@ -171,12 +170,9 @@ class _Run:
         for row in self.rows:
             rows.update("\0".join((row.id, *row.images, "")).encode() + row.rendered.ids.tobytes())
         settings["rows"] = rows.hexdigest()
-        settings["embeddings"] = sha256(json.dumps(self.store.fingerprint, sort_keys=True).encode()).hexdigest()
+        settings["embeddings"], settings["codec"] = self.store.manifest.digest, self.store.codec.name
         if STAGES[self.config.stage].trains == "decoder":  # frozen, so no checkpoint brings it back
-            projector = sha256()
-            for name, value in sorted(parameters(self.model.projector).items()):
-                projector.update(name.encode() + np.array(value).tobytes())
-            settings["projector"] = projector.hexdigest()
+            settings["projector"] = digest(parameters(self.model.projector))
         return settings
 
     def _describe(self, notes: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,7 +184,11 @@ class _Run:
             "steps": self.feed.steps,
             "data": {"rows": len(self.rows), "held_out": held_out, "left_out": len(self.problems)},
             "trainable": {"parameters": self.trainable.count, "of": self.trainable.total},
-            "store": {"path": str(self.store.path), "codec": self.store.codec.name},
+            "store": {
+                "path": str(self.store.path),
+                "codec": self.store.codec.name,
+                "post": self.store.manifest.post,
+            },
             "model": self.model.config.to_dict(),
             "machine": machine(),
         }

@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 
 from mlx_llama3v.config import Encoded, Grid, ImageConfig, SliceLayout, TilingConfig, VisionConfig
 from mlx_llama3v.vision.image import cut, open_image
+from mlx_llama3v.vision.pool import pool_picture
 from mlx_llama3v.vision.siglip import VisionTower, position_table
 from mlx_llama3v.vision.tiling import plan
 
@@ -45,8 +46,11 @@ class Encoder:
         image: ImageConfig,
         tiling: TilingConfig,
         layer: int = -1,
+        pool: int = 1,
     ):
-        self.tower, self.vision, self.image, self.tiling, self.layer = tower, vision, image, tiling, layer
+        """`pool`: the mean over pool x pool patches is taken in `embed` (and by a store's writer), not in `encode`."""
+        self.tower, self.vision, self.image, self.tiling = tower, vision, image, tiling
+        self.layer, self.pool = layer, pool
 
     def prepare(self, source: str | Path | bytes) -> tuple[SliceLayout, list[np.ndarray]]:
         """Open, split and cut a picture: its layout and the patches [P_i, p*p*3] of each slice, in
@@ -86,10 +90,10 @@ class Encoder:
         return self.tower(mx.array(patches), positions, mask, self.layer)
 
     def embed(self, source: str | Path | bytes, batch_size: int = 8) -> Encoded:
-        """One picture's embeddings, fresh: patches float32 [layout.patches, D]. Raises ImageError."""
+        """One picture's embeddings, fresh and pooled: float32 [layout.patches, D]. Raises ImageError."""
         layout, patches = self.prepare(source)
         slices = [*zip(layout.grids, patches, strict=True)]
-        return Encoded(layout, np.concatenate(self.encode(slices, batch_size)))
+        return pool_picture(Encoded(layout, np.concatenate(self.encode(slices, batch_size))), self.pool)
 
     def fingerprint(self) -> dict[str, Any]:
         """JSON-ready identity of what `embed` computes; encoders with equal ones may share a store."""

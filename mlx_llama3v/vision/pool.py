@@ -1,7 +1,7 @@
 """Fewer patch embeddings a slice: the mean over N x N patches, before the codec.
 
 A pooled store is nothing special to whoever reads it: layouts give the pooled grids. A model that was trained on
-one must see pooled embeddings when it answers, too: `pool_picture(encoder.embed(path), N)`.
+one must see pooled embeddings when it answers, too: `Encoder.pool`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,114 @@
+"""Stored in any form, a picture trains and answers: codecs, pooling, and the projector's output."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlx_llama3v import inference
+from mlx_llama3v.checkpoint import load_model, load_run
+from mlx_llama3v.demo.dataset import DataSet, draw
+from mlx_llama3v.embeddings.store import Store
+from mlx_llama3v.errors import RunError, StoreError
+from mlx_llama3v.stages import embed_data, train_stage
+from mlx_llama3v.tensors import load_file
+from mlx_llama3v.train.config import TrainConfig
+from mlx_llama3v.weights import TINY
+from mlx_llama3v.weights.convert import convert
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
+    return draw(tmp_path_factory.mktemp("data"), 12, 9, 0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(TINY / "siglip", TINY / "llama", tmp_path_factory.mktemp("model") / "model").path
+
+
+def embed(model: Path, data: DataSet, output: Path, **settings: Any) -> Store:
+    embed_data(model, data.captions, output, image_folder=data.images, **settings)
+    return Store(output)
+
+
+def train(model: Path, data: DataSet, store: Path, output: Path, stage: str, projector: Path | None = None) -> float:
+    records = data.captions if stage == "pretrain" else data.conversations
+    config = TrainConfig(stage=stage, iters=3, batch_size=4, learning_rate=1e-3, val_split=0.0)
+    result = train_stage(model, records, store, output, config, projector=projector)
+    assert result.last is not None
+    return result.last.loss
+
+
+@pytest.fixture(scope="module")
+def pretrained(model: Path, data: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained")
+    embed(model, data, folder / "store")
+    train(model, data, folder / "store", folder / "pretrain", "pretrain")
+    return folder
+
+
+@pytest.mark.parametrize(("codec", "near"), [("int8", 0.01), ("int4", 0.1)])
+def test_a_smaller_store_trains_as_well(
+    model: Path, data: DataSet, pretrained: Path, tmp_path: Path, codec: str, near: float
+) -> None:
+    store = embed(model, data, tmp_path / "store", codec=codec)
+    whole = Store(pretrained / "store")
+    name = store.names[0]
+    difference = store.read(name).patches.astype(np.float32) - whole.read(name).patches
+    assert 0 < np.sqrt((difference**2).mean() / (whole.read(name).patches.astype(np.float32) ** 2).mean()) < near
+    assert store.info()["tokens"] == whole.info()["tokens"]
+    loss = train(model, data, tmp_path / "store", tmp_path / "run", "pretrain")
+    assert loss == pytest.approx(train(model, data, pretrained / "store", tmp_path / "whole", "pretrain"), rel=0.02)
+
+
+def test_a_pooled_store_trains_and_answers_pooled(model: Path, data: DataSet, pretrained: Path, tmp_path: Path) -> None:
+    store = embed(model, data, tmp_path / "store", pool=2)
+    whole = Store(pretrained / "store")
+    assert store.info()["tokens"] < whole.info()["tokens"] / 3 and store.info()["post"] == {"pool": 2}
+    train(model, data, tmp_path / "store", tmp_path / "run", "pretrain")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["store"]["post"] == {"pool": 2}
+    session = inference.load(model, tmp_path / "run")
+    assert session.encoder is not None and session.encoder.pool == 2
+    name = store.names[0]
+    fresh = session.encoder.embed(data.images / name)
+    assert fresh.layout == store.layout(name)
+    np.testing.assert_allclose(fresh.patches, store.read(name).patches, rtol=2**-10, atol=2e-3)
+    assert inference.load(model, pretrained / "pretrain").encoder.pool == 1  # type: ignore[union-attr]
+
+
+def test_the_projectors_output_trains_stage_sft_alike(
+    model: Path, data: DataSet, pretrained: Path, tmp_path: Path
+) -> None:
+    run = pretrained / "pretrain"
+    store = embed(model, data, tmp_path / "store", after_projector=run)
+    config = load_model(model).config
+    name = store.names[0]
+    layout = Store(pretrained / "store").layout(name)
+    assert store.width == config.hidden_size
+    assert store.layout(name).patches == sum(config.projector_config.num_tokens(grid) for grid in layout.grids)
+    mine = train(model, data, tmp_path / "store", tmp_path / "sft", "sft", run)
+    theirs = train(model, data, pretrained / "store", tmp_path / "plain", "sft", run)
+    assert mine == pytest.approx(theirs, rel=1e-3)
+    # The run is as usable as any: it holds the projector that it was made with.
+    ours, given = (load_file(folder / "projector.safetensors") for folder in (tmp_path / "sft", run))
+    assert ours.keys() == given.keys() and all((ours[key] == given[key]).all().item() for key in ours)
+    load_run(load_model(model), tmp_path / "sft")
+
+
+def test_the_projectors_output_serves_that_projector_alone(
+    model: Path, data: DataSet, pretrained: Path, tmp_path: Path
+) -> None:
+    run = pretrained / "pretrain"
+    embed(model, data, tmp_path / "store", after_projector=run)
+    with pytest.raises(RunError, match="holds the output of a projector; stage pretrain trains one"):
+        train(model, data, tmp_path / "store", tmp_path / "a", "pretrain")
+    train(model, data, pretrained / "store", tmp_path / "other", "pretrain", run)
+    with pytest.raises(RunError, match=r"holds the output of projector .*, but --projector gives"):
+        train(model, data, tmp_path / "store", tmp_path / "b", "sft", tmp_path / "other")
+    with pytest.raises(StoreError, match="projector is None there and '"):
+        embed(model, data, pretrained / "store", after_projector=run)
