@@ -36,6 +36,9 @@ def embed(
         Path | None,
         typer.Option("--after-projector", help="Run whose projector's output is stored instead, for stage sft."),
     ] = None,
+    shard_size: Annotated[
+        int, typer.Option("--shard-size", min=1, help="Megabytes a shard: what an interruption loses at most.")
+    ] = 512,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Slices a forward pass.")] = 16,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Threads that open and cut pictures.")] = 2,
     max_slices: MaxSlices = None,
@@ -55,6 +58,7 @@ def embed(
             codec=codec,
             pool=pool,
             after_projector=after_projector,
+            shard_bytes=shard_size << 20,
             batch_size=batch_size,
             workers=workers,
             max_slices=max_slices,

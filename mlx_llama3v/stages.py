@@ -54,6 +54,7 @@ def embed_data(
     codec: str = "float16",
     pool: int | None = None,
     after_projector: Path | None = None,
+    shard_bytes: int = 512 << 20,
     batch_size: int = 16,
     workers: int = 2,
     max_slices: int | None = None,
@@ -66,6 +67,7 @@ def embed_data(
 
     Args:
         pool: store the mean over pool x pool patches; default: the model's own (`patch_pool`).
+        shard_bytes: what a kill loses at most.
         after_projector: a run (or its projector.safetensors): store that projector's output, for stage sft.
     """
     problems: list[Problem] = []
@@ -77,7 +79,7 @@ def embed_data(
         images = image_paths(records, image_folder)
     encoder = load_encoder(model, max_slices=max_slices, offline=offline)
     post = _post(load_config(resolve(model, offline=offline)), pool, after_projector)
-    with StoreWriter(output, encoder.fingerprint(), codec, post=post) as writer:
+    with StoreWriter(output, encoder.fingerprint(), codec, shard_bytes, post) as writer:
         summary = embed_images(
             images.items(), encoder, writer, batch_size=batch_size, workers=workers, progress=progress
         )

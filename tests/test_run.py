@@ -173,6 +173,9 @@ def test_fused_equals_adapter(kind: str, model_dir: Path, tmp_path: Path) -> Non
     assert {k: (v.shape, v.dtype) for k, v in one.items()} == {k: (v.shape, v.dtype) for k, v in two.items()}
     kept = set(contents(model_dir)) - {"model.safetensors"}
     assert kept <= set(contents(fused)) and "siglip/preprocessor_config.json" in kept
+    (run / "config.json").write_text(json.dumps({"store": {"post": {"pool": 2}}}))
+    assert load_config(fuse(model_dir, run, tmp_path / "pooled")).patch_pool == 2
+    assert load_config(fused).patch_pool == 1
     assert load_config(fused).sources["run"] == "run" and "run `run`" in (fused / "README.md").read_text()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_llama3v.checkpoint import check_output, load_run, read_model, resolve, save_model
+from mlx_llama3v.checkpoint import check_output, load_run, read_model, resolve, run_pool, save_model
 from mlx_llama3v.tensors import SHARD_BYTES, parameters, read_tensors
 from mlx_llama3v.weights.card import model_card
 from mlx_llama3v.weights.convert import drain, measure
@@ -30,7 +30,7 @@ def fuse(model_dir: str | Path, run_dir: str | Path, out_dir: str | Path, *, sha
     merged = [(name, _merge(module)) for name, module in decoder.named_modules() if hasattr(module, "fuse")]
     decoder.update_modules(tree_unflatten(merged))
     sources = {**model.config.sources, "run": Path(run_dir).expanduser().resolve().name}
-    config = replace(model.config, sources=sources)
+    config = replace(model.config, sources=sources, patch_pool=run_pool(run_dir) or model.config.patch_pool)
     towers = ("vision_tower.", "text_tower.", "logit_")
     weights = {**read_tensors(source, towers), **parameters(model)}
     counts, _ = measure(weights, config.quantization)

@@ -10,6 +10,7 @@ than a process may have open files), and a file that was cut short under us is a
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -277,9 +278,10 @@ def write_atomic(path: Path, chunks: Iterable[bytes | np.ndarray]) -> None:
         _sync_directory(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
+        first = "make room and " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise StoreError(
-            f"{path} cannot be written ({error.strerror or error}); everything stored before it is safe, "
-            "so make room and run the same command again."
+            f"{path} cannot be written ({error.strerror or error}); everything stored before it is safe: "
+            f"{first}run the same command again."
         ) from error
 
 
