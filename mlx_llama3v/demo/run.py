@@ -41,6 +41,7 @@ class DemoConfig:
     pretrain_epochs: int = _knob(6, "Passes over the captions (stage pretrain).")
     sft_epochs: int = _knob(2, "Passes over the conversations (stage sft).")
     batch_size: int = _knob(16, "Rows a training step.")
+    codec: str = _knob("float16", "How the store holds embeddings: float16, int8 or int4.")
     seed: int = _knob(0, "Changes the pictures, the order and the fresh weights.")
 
 
@@ -91,6 +92,7 @@ def run(output: Path, config: DemoConfig, report: Report) -> DemoResult:
         data.captions,
         store,
         image_folder=data.images,
+        codec=config.codec,
         batch_size=32,
         progress=lambda p: report("embed", p.done, p.total, f"{p.slices:,} slices"),
     )
