@@ -12,6 +12,7 @@ from mlx_llama3v.config import ModelConfig, TilingConfig
 from mlx_llama3v.data.llava import folder_images, image_paths, read_records
 from mlx_llama3v.data.records import Problem
 from mlx_llama3v.embeddings.embed import EmbedProgress, EmbedSummary, embed_images
+from mlx_llama3v.embeddings.ranks import Ranks
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.embeddings.writer import Post, StoreWriter
 from mlx_llama3v.errors import DataError, RunError, StoreError
@@ -79,10 +80,11 @@ def embed_data(
         images = image_paths(records, image_folder)
     encoder = load_encoder(model, max_slices=max_slices, offline=offline)
     post = _post(load_config(resolve(model, offline=offline)), pool, after_projector)
-    with StoreWriter(output, encoder.fingerprint(), codec, shard_bytes, post) as writer:
-        summary = embed_images(
-            images.items(), encoder, writer, batch_size=batch_size, workers=workers, progress=progress
-        )
+    ranks = Ranks(output)
+    mine = ranks.share(images)
+    with StoreWriter(ranks.target, encoder.fingerprint(), codec, shard_bytes, post) as writer:
+        summary = embed_images(mine.items(), encoder, writer, batch_size=batch_size, workers=workers, progress=progress)
+    ranks.collect()
     store = Store(output)
     failed = [Problem(name, reason) for name, reason in store.failures.items() if name in images]
     return EmbedReport(output, summary, store.info(), (*problems, *failed))

@@ -24,6 +24,7 @@ CHANNEL = "channel."  # beginning of the names of parts [1, D] that all pictures
 _GROUP = 16  # int4: values with one scale
 _STEPS = 16  # int4: scales of a group between powers of two
 _LIMIT = float(np.finfo(np.float16).max)
+_PRIOR_ROWS = 8
 _FLOOR = 0.1  # a channel's scale is at least that share of the median: a dead channel must not become an outlier
 
 Parts = Mapping[str, Any]  # of NumPy or MLX arrays
@@ -165,6 +166,9 @@ def _fit(values: np.ndarray) -> dict[str, np.ndarray]:
     """Mean and standard deviation of every channel, float32 [1, D]."""
     values = np.clip(values.astype(np.float32), -_LIMIT, _LIMIT)
     offset, scale = values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)
+    # A handful of rows says little of a channel: believe what all of them have in common as if it were more rows.
+    trust = len(values) / (len(values) + _PRIOR_ROWS)
+    scale = trust * scale + (1 - trust) * np.sqrt((values.astype(np.float64) ** 2).mean())
     scale = np.maximum(scale, _FLOOR * np.median(scale))
     scale[scale == 0] = 1
     return {"channel.offset": offset[None].astype(np.float32), "channel.scale": scale[None].astype(np.float32)}

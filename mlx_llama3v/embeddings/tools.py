@@ -94,12 +94,15 @@ def _prune_shard(
     return bool(names or kept)
 
 
-def merge(sources: Collection[Path], output: Path, progress: Progress | None = None) -> dict[str, int]:
+def merge(
+    sources: Collection[Path], output: Path, progress: Progress | None = None, *, move: bool = False
+) -> dict[str, int]:
     """Join stores of the same encoder and codec into the store `output`, each picture once: codes are copied as
     they are. Returns {"images": added, "duplicates": left out, "conflicts": names that stand for another picture in
     an earlier store, which keeps them}.
 
-    What `output` holds stays, and a run that was interrupted goes on. Raises StoreError: settings that differ, a
+    What `output` holds stays, and a run that was interrupted goes on. With `move` the sources lose every shard that
+    has arrived, and a shard of which all is new is renamed, not copied. Raises StoreError: settings that differ, a
     damaged source, a full disk.
     """
     stores = [Store(path) for path in sources]
@@ -118,8 +121,13 @@ def merge(sources: Collection[Path], output: Path, progress: Progress | None = N
             fresh = [i for i in range(shard.index.pictures) if not writer.has_hash(shard.index.sha(i))]
             names = dict(shard.index.names())
             counts["conflicts"] += sum(writer.sha_of(name) not in (None, sha) for name, sha in names.items())
-            names = {name: sha for name, sha in names.items() if not writer.has(name)}
-            writer.copy([picture(shard, i) for i in fresh], names, shard.channels)
+            new = {name: sha for name, sha in names.items() if not writer.has(name)}
+            if move and len(fresh) == shard.index.pictures and len(new) == len(names):
+                writer.take(shard)
+            else:
+                writer.copy([picture(shard, i) for i in fresh], new, shard.channels)
+                if move:
+                    shard.path.unlink(missing_ok=True)
             counts["images"] += len(fresh)
             counts["duplicates"] += shard.index.pictures - len(fresh)
             if progress is not None:

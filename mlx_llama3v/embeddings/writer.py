@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,7 @@ import numpy as np
 from mlx_llama3v.config import Encoded
 from mlx_llama3v.embeddings.codec import fidelity, get_codec
 from mlx_llama3v.embeddings.lock import Lock
-from mlx_llama3v.embeddings.shard import Parts, Picture, write_atomic, write_shard
+from mlx_llama3v.embeddings.shard import Parts, Picture, Shard, write_atomic, write_shard
 from mlx_llama3v.embeddings.store import (
     MANIFEST,
     Manifest,
@@ -188,10 +188,27 @@ class StoreWriter:
         self.flush()
         if pictures or names:
             self._write(pictures, names, channels)
-            self._hashes.update(sha for sha, _, _ in pictures)
-            self._names.update(names)
-            for name in names:
-                self._failures_changed |= self._failures.pop(name, None) is not None
+            self._note((sha for sha, _, _ in pictures), names)
+
+    def take(self, shard: Shard) -> None:
+        """Make a shard file of another store of the same settings one of this one. Raises StoreError."""
+        self.flush()
+        file = self._next()
+        try:
+            os.replace(shard.path, file)
+        except OSError as error:  # another file system
+            raise StoreError(f"{shard.path} cannot be moved to {file}: {error.strerror or error}.") from error
+        self._number += 1
+        self._note([shard.index.sha(i) for i in range(shard.index.pictures)], dict(shard.index.names()))
+
+    def _note(self, shas: Iterable[str], names: Mapping[str, str]) -> None:
+        self._hashes.update(shas)
+        self._names.update(names)
+        for name in names:
+            self._failures_changed |= self._failures.pop(name, None) is not None
+
+    def _next(self) -> Path:
+        return self.path / f"shard-{self._number:05d}.safetensors"
 
     def adopt(self, found: Mapping[str, float]) -> None:
         """Take over another store's fidelity, where none is known here."""
@@ -201,7 +218,7 @@ class StoreWriter:
 
     def _write(self, pictures: list[Picture], names: Mapping[str, str], channels: Parts) -> None:
         write_shard(
-            self.path / f"shard-{self._number:05d}.safetensors",
+            self._next(),
             codec=self.codec.name,
             fingerprint=self.manifest.digest,
             pictures=pictures,

@@ -1,0 +1,63 @@
+"""Several processes or machines fill one store (`mlx.launch -n 2 -- llama3v-mlx embed ...`).
+
+Each rank embeds its part of the names into a store of its own, `rank-K-of-N` inside the common one, so that nobody
+waits for a lock; at the end rank 0 moves what is there into the common store. Where the machines share no folder, the
+parts stay where they were made: copy them together and join them with `store merge`. One process is rank 0 of 1 and
+writes to the common store itself.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import mlx.core as mx
+
+from mlx_llama3v.embeddings.lock import Lock
+from mlx_llama3v.embeddings.store import MANIFEST, Store
+from mlx_llama3v.embeddings.tools import merge
+
+Source = TypeVar("Source")
+
+
+class Ranks:
+    """The processes that fill the store `output`.
+
+    Attributes:
+        target: the store that this process writes to.
+    """
+
+    def __init__(self, output: Path) -> None:
+        group = mx.distributed.init()
+        self.rank, self.size, self._output = group.rank(), group.size(), output
+        self.target = output if self.size == 1 else output / f"rank-{self.rank}-of-{self.size}"
+
+    def share(self, images: Mapping[str, Source]) -> dict[str, Source]:
+        """This process's part of the pictures, in order; what the common store holds is nobody's work.
+
+        Raises StoreError: a damaged store.
+        """
+        if self.size == 1:
+            return dict(images)
+        self.collect()  # parts of a run that was killed
+        have = Store(self._output) if (self._output / MANIFEST).exists() else ()
+        left = [name for name in images if name not in have]
+        self._wait()  # nobody writes before all have read
+        return {name: images[name] for name in left[self.rank :: self.size]}
+
+    def collect(self) -> None:
+        """Move every part into the common store, once all ranks are here. Raises StoreError."""
+        self._wait()
+        if self.rank == 0:
+            for part in sorted(self._output.glob("rank-*-of-*")):
+                if (part / MANIFEST).exists():
+                    Lock(part).release()  # refused where a process is still writing to it
+                    merge([part], self._output, move=True)
+                shutil.rmtree(part, ignore_errors=True)
+        self._wait()
+
+    def _wait(self) -> None:
+        if self.size > 1:
+            mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))

@@ -1,0 +1,73 @@
+"""Two processes fill one store: the union equals the store of one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_llama3v.demo.dataset import draw
+from mlx_llama3v.embeddings.store import Store
+from mlx_llama3v.embeddings.tools import merge, verify
+from mlx_llama3v.embeddings.writer import StoreWriter
+from mlx_llama3v.errors import StoreError
+from mlx_llama3v.stages import embed_data
+from mlx_llama3v.weights import TINY
+from mlx_llama3v.weights.convert import convert
+from tests.test_store import FINGERPRINT, contents, expected, fill, sha
+
+LAUNCH = Path(sys.executable).with_name("mlx.launch")
+CLI = Path(sys.executable).with_name("llama3v-mlx")
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(LAUNCH), "-n", "2", "--backend", "ring", "--starting-port", "32923", "--", str(CLI), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.skipif(not LAUNCH.exists() or not CLI.exists(), reason="not installed")
+def test_two_ranks_fill_one_store(tmp_path: Path) -> None:
+    data = draw(tmp_path / "data", 30, 9, 4)
+    rows = json.loads(data.captions.read_text())
+    twin = "twin.png"  # the same bytes under a second name, for the other rank
+    (data.images / twin).write_bytes((data.images / rows[0]["image"]).read_bytes())
+    rows.insert(1, {**rows[1], "id": "twin", "image": twin})
+    rows.append({**rows[1], "id": "gone", "image": "gone.png"})
+    data.captions.write_text(json.dumps(rows))
+    model = convert(TINY / "siglip", TINY / "llama", tmp_path / "model").path
+    embed_data(model, data.captions, tmp_path / "one", image_folder=data.images)
+    done = launch(
+        *("embed", "--model", str(model), "--data", str(data.captions), "--image-folder", str(data.images)),
+        *("--output", str(tmp_path / "two")),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = Store(tmp_path / "one"), Store(tmp_path / "two")
+    assert set(one.names) == set(two.names) and len(two) == 31 and not verify(tmp_path / "two")
+    assert one.info()["images"] == two.info()["images"] == 30
+    assert [*two.failures] == [*one.failures] == ["gone.png"]
+    assert not [*(tmp_path / "two").glob("rank-*")] and len(two.shards) > 1
+    for name in one.names:
+        np.testing.assert_allclose(two.read(name).patches, one.read(name).patches, rtol=2e-3, atol=2e-3)
+
+
+def test_moved_shards_leave_their_store(tmp_path: Path) -> None:
+    fill(tmp_path / "a", range(8))
+    fill(tmp_path / "b", range(6, 14))
+    before = len([*(tmp_path / "b").glob("shard-*")])
+    counts = merge([tmp_path / "b"], tmp_path / "a", move=True)
+    assert counts["images"] == 6 and counts["duplicates"] == 2 and before > 2
+    assert contents(tmp_path / "a") == expected(range(14))
+    assert len(Store(tmp_path / "b")) == 0
+
+
+def test_a_part_that_is_being_written_is_not_moved(tmp_path: Path) -> None:
+    from mlx_llama3v.embeddings.ranks import Ranks
+
+    with StoreWriter(tmp_path / "rank-1-of-2", FINGERPRINT) as writer:
+        writer.fail(sha(0), "x")
+        with pytest.raises(StoreError, match="is being written by process"):
+            Ranks(tmp_path).collect()
