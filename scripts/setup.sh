@@ -60,7 +60,7 @@ fi
 
 echo "setup: installing Python packages into .venv${extras:+ (with $extras)} ..." >&2
 if ! .venv/bin/pip install --disable-pip-version-check -q -e ".${extras:+[$extras]}" >"$log" 2>&1; then
-  if grep -qiE "connection|resolve|timed out|network|ProxyError|Temporary failure" "$log"; then
+  if grep -qiE "connection|resolve|timed out|network|ProxyError|Temporary failure|from versions: none" "$log"; then
     fail "the package index could not be reached; connect to the network and run it again (details: $log)."
   fi
   grep -qi "no space left" "$log" && fail "the disk is full; free about ${need_mb} MB and run it again."
