@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from mlx_llama3v.demo import scenes
+from mlx_llama3v.demo import bases, scenes
 from mlx_llama3v.demo.passages import Glimpse, Passage, notes, passage
 from mlx_llama3v.demo.tokenizers import write_llama_tokenizer
 
@@ -52,12 +51,13 @@ def corpus(seed: int = 0, count: int = 4000) -> list[str]:
     return [*texts, "system\n\nuser\n\nassistant\n\n"] + ["user\n\nassistant\n\n"] * count
 
 
-class Trainer:
-    """Model, optimizer and step counter; everything needed to go on after a stop."""
+class Trainer(bases.Trainer):
+    """Llama's; see bases.py."""
+
+    name, warm_up = "llama", 100
 
     def __init__(self, args: argparse.Namespace) -> None:
-        torch.manual_seed(args.seed)
-        self.args, self.work, self.step = args, Path(args.work), 0
+        super().__init__(args)
         if not (Path(args.output) / "tokenizer.json").exists():
             write_llama_tokenizer(Path(args.output), corpus())
         self.tokenizer = AutoTokenizer.from_pretrained(args.output)
@@ -68,12 +68,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
         )
-        path = self.work / "llama.pt"
-        if path.exists():
-            state = torch.load(path, weights_only=True)
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step = state["step"]
+        self.resume()
 
     def _config(self) -> LlamaConfig:
         return LlamaConfig(
@@ -179,26 +174,13 @@ class Trainer:
         where = torch.tensor([(index, at) for index, at, _ in spoken]).T
         return embedded.index_put((where[0], where[1]), said)
 
-    def train_step(self) -> float:
+    def loss(self) -> torch.Tensor:
+        """Next-token loss over what is learnt."""
         _, rows = self.rows(self.step, self.args.batch_size)
         ids, labels = self.batch(rows)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.args.learning_rate * self._schedule()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.args.bfloat16):
             # causal and right-padded: no mask needed
-            loss = self.model(inputs_embeds=self.embed(ids, rows, self.step), labels=labels).loss
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.step += 1
-        return float(loss.detach())
-
-    def _schedule(self) -> float:
-        if self.step < 100:
-            return (self.step + 1) / 100
-        share = min(1.0, (self.step - 100) / max(1, self.args.steps - 100))
-        return float(0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * share)))
+            return self.model(inputs_embeds=self.embed(ids, rows, self.step), labels=labels).loss
 
     @torch.no_grad()
     def evaluate(self, count: int = 96) -> dict[str, float]:
@@ -219,15 +201,6 @@ class Trainer:
                     )
         return {kind: round(float(np.mean(found)), 2) for kind, found in sorted(right.items())}
 
-    def save(self) -> None:
-        self.work.mkdir(parents=True, exist_ok=True)
-        temporary = self.work / "llama.pt.tmp"
-        torch.save(
-            {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step},
-            temporary,
-        )
-        temporary.replace(self.work / "llama.pt")
-
     def export(self) -> None:
         """Write the Hugging Face checkpoint in float16, with rope in both spellings."""
         output = Path(self.args.output)
@@ -242,28 +215,7 @@ class Trainer:
 
 def main() -> None:
     """Command line; see the module's first lines."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="weights/tiny/llama", help="where the checkpoint goes")
-    parser.add_argument("--work", default="bases-work", help="where the state for resuming goes")
-    parser.add_argument("--steps", type=int, default=9000)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=True, help="products in bfloat16")
-    parser.add_argument("--seed", type=int, default=0)
-    trainer = Trainer(parser.parse_args())
-    started, losses = time.time(), []
-    while trainer.step < trainer.args.steps:
-        losses.append(trainer.train_step())
-        if trainer.step % 50 == 0:
-            rate = 50 / (time.time() - started)
-            print(f"step {trainer.step} loss {np.mean(losses[-50:]):.3f} {rate:.2f} steps/s", flush=True)
-            started = time.time()
-        if trainer.step % 250 == 0:
-            trainer.save()
-            print("   ", trainer.evaluate(), flush=True)
-            started = time.time()
-    trainer.save()
-    trainer.export()
+    Trainer(bases.arguments(__doc__, "weights/tiny/llama", 9000, 2e-3, batch_size=(16, "passages a step"))).run()
 
 
 if __name__ == "__main__":

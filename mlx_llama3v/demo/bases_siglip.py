@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, SiglipConfig, SiglipModel
 
-from mlx_llama3v.demo import scenes
+from mlx_llama3v.demo import bases, scenes
 from mlx_llama3v.demo.pairs import PATCH, Seen, batch, choose_texts, statements, truth_matrix
 from mlx_llama3v.demo.scenes import SIDE
 from mlx_llama3v.demo.tokenizers import SIGLIP_LENGTH, write_siglip_tokenizer
@@ -77,12 +76,13 @@ def look(model: SiglipModel, pictures: list[Seen]) -> torch.Tensor:
     return pooled + head.mlp(head.layernorm(pooled))
 
 
-class Trainer:
-    """Model, optimizer and step counter; everything needed to go on after a stop."""
+class Trainer(bases.Trainer):
+    """SigLIP's; see bases.py."""
+
+    name, warm_up = "siglip", 200
 
     def __init__(self, args: argparse.Namespace) -> None:
-        torch.manual_seed(args.seed)
-        self.args, self.work, self.step = args, Path(args.work), 0
+        super().__init__(args)
         write_siglip_tokenizer(Path(args.output), [*statements(), "and"])
         self.tokenizer = AutoTokenizer.from_pretrained(args.output)
         tiny = config()
@@ -102,24 +102,7 @@ class Trainer:
             lr=args.learning_rate,
             betas=(0.9, 0.98),
         )
-        self._resume()
-
-    def _resume(self) -> None:
-        path = self.work / "siglip.pt"
-        if path.exists():
-            state = torch.load(path, weights_only=True)
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step = state["step"]
-
-    def save(self) -> None:
-        self.work.mkdir(parents=True, exist_ok=True)
-        temporary = self.work / "siglip.pt.tmp"
-        torch.save(
-            {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step},
-            temporary,
-        )
-        temporary.replace(self.work / "siglip.pt")
+        self.resume()
 
     def texts(self, texts: list[str]) -> torch.Tensor:
         ids = self.tokenizer(
@@ -132,36 +115,20 @@ class Trainer:
         texts = texts / texts.norm(dim=-1, keepdim=True)
         return texts @ images.T * self.model.logit_scale.exp() + self.model.logit_bias
 
-    def train_step(self) -> float:
-        """One optimizer step over both groups of pictures."""
+    def loss(self) -> torch.Tensor:
+        """Over both groups of pictures."""
         groups = batch(self.args.seed, self.step, self.args.small, self.args.large)
         views = [view for group in groups for picture in group for view in picture.views]
         rng = Random(f"texts-{self.args.seed}-{self.step}")
         texts = choose_texts(rng, views, self.args.texts)
         truth = torch.from_numpy(truth_matrix(texts, views))
-        rate = self.args.learning_rate * self._schedule()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
         with torch.autocast("cpu", torch.bfloat16, enabled=self.args.bfloat16):
             images = torch.cat([look(self.model, group) for group in groups])
             statements = self.texts([" and ".join(text) for text in texts])
-        loss = loss_terms(self.logits_per_text(images.float(), statements.float()), truth)
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.step += 1
-        return float(loss.detach())
-
-    def _schedule(self) -> float:
-        """Linear warm-up over 200 steps, then a cosine to 2%."""
-        if self.step < 200:
-            return (self.step + 1) / 200
-        share = min(1.0, (self.step - 200) / max(1, self.args.steps - 200))
-        return float(0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * share)))
+        return loss_terms(self.logits_per_text(images.float(), statements.float()), truth)
 
     @torch.no_grad()
-    def evaluate(self, count: int = 256) -> dict[str, float]:
+    def evaluate(self, count: int = 512) -> dict[str, float]:
         """Share of unseen whole pictures or tiles whose best-scoring statement of a kind is the true one."""
         seed = self.args.seed + 1_000_000
         groups = [batch(seed, 0, count, 1)[0], *(batch(seed, step, 1, count // 8)[1] for step in range(12))]
@@ -212,31 +179,10 @@ def _probes() -> dict[str, tuple[list[str], slice]]:
 
 def main() -> None:
     """Command line; see the module's first lines."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="weights/tiny/siglip", help="where the checkpoint goes")
-    parser.add_argument("--work", default="bases-work", help="where the state for resuming goes")
-    parser.add_argument("--steps", type=int, default=14000)
-    parser.add_argument("--small", type=int, default=32, help="whole small pictures a step")
-    parser.add_argument("--large", type=int, default=24, help="overviews or tiles a step")
-    parser.add_argument("--texts", type=int, default=128, help="statements scored a step")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=True, help="products in bfloat16")
-    parser.add_argument("--seed", type=int, default=0)
-    trainer = Trainer(parser.parse_args())
-    started, losses = time.time(), []
-    while trainer.step < trainer.args.steps:
-        losses.append(trainer.train_step())
-        if trainer.step % 50 == 0:
-            rate = len(losses) and 50 / (time.time() - started)
-            print(f"step {trainer.step} loss {np.mean(losses[-50:]):.3f} {rate:.2f} steps/s", flush=True)
-            started = time.time()
-        if trainer.step % 250 == 0:
-            trainer.save()
-            print("   ", trainer.evaluate(), flush=True)
-            started = time.time()
-    trainer.save()
-    print(trainer.evaluate(count=1024))
-    trainer.export()
+    small, large = (32, "whole small pictures a step"), (24, "overviews or tiles a step")
+    texts = (128, "statements scored a step")
+    args = bases.arguments(__doc__, "weights/tiny/siglip", 14000, 1.5e-3, small=small, large=large, texts=texts)
+    Trainer(args).run()
 
 
 if __name__ == "__main__":
