@@ -3,9 +3,10 @@
     python benchmarks/codecs.py [--seeds 3] [--images 1200] [--output codecs.json]
 
 (1) On embeddings of the bundled tower, and on the same with planted outlier channels as large towers have them: bytes
-against float16, relative error and cosine (of the other channels, where some are planted), and what lossless zstd would still take off the codes. (2) The demo,
-smaller than its default, once a codec and seed: everything equal but the store. Accuracy is of answers to fresh
-pictures, as a user would ask; its standard error over the questions is printed beside the spread over seeds.
+against float16, relative error and cosine (of the other channels, where some are planted), and what lossless zstd
+would still take off the codes. (2) The demo, smaller than its default, once a codec and seed: everything equal but
+the store. Accuracy is of answers to fresh pictures, as a user would ask; its standard error over the questions is
+printed beside the spread over seeds.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from mlx_llama3v.demo import scenes
 from mlx_llama3v.demo.draw import render
 from mlx_llama3v.demo.run import DemoConfig, run
 from mlx_llama3v.embeddings.codec import CODECS, fidelity, get_codec
+from mlx_llama3v.encoder import load_encoder
 from mlx_llama3v.platform import machine
-from mlx_llama3v.stages import load_encoder
 from mlx_llama3v.weights import TINY
 from mlx_llama3v.weights.convert import convert
 

@@ -7,23 +7,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_llama3v.checkpoint import load_config, load_model, load_projector, load_run, load_tower, resolve
-from mlx_llama3v.config import ModelConfig, TilingConfig
+from mlx_llama3v.checkpoint import load_config, load_model, load_run, resolve
+from mlx_llama3v.config import ModelConfig
 from mlx_llama3v.data.llava import folder_images, image_paths, read_records
 from mlx_llama3v.data.records import Problem
 from mlx_llama3v.embeddings.embed import EmbedProgress, EmbedSummary, embed_images
 from mlx_llama3v.embeddings.ranks import Ranks
 from mlx_llama3v.embeddings.store import Store
-from mlx_llama3v.embeddings.writer import Post, StoreWriter
+from mlx_llama3v.embeddings.writer import StoreWriter
+from mlx_llama3v.encoder import load_encoder, load_post
 from mlx_llama3v.errors import DataError, RunError, StoreError
 from mlx_llama3v.model import Llama3V
-from mlx_llama3v.projected import Projected, projector_digest, stored_config
+from mlx_llama3v.projected import projector_digest, stored_config
 from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.train.report import Callbacks
 from mlx_llama3v.train.trainer import TrainResult, train
-from mlx_llama3v.vision.encode import Encoder
-from mlx_llama3v.vision.pool import Pool
 
 
 @dataclass(frozen=True)
@@ -34,16 +33,6 @@ class EmbedReport:
     summary: EmbedSummary
     info: dict[str, Any]
     problems: tuple[Problem, ...]
-
-
-def load_encoder(model: str | Path, *, max_slices: int | None = None, offline: bool = False) -> Encoder:
-    """The frozen tower of a model directory with its own preprocessing and tiling; `max_slices` overrides the cap."""
-    path = resolve(model, offline=offline)
-    config = load_config(path)
-    tiling = config.tiling if max_slices is None else TilingConfig(config.tiling.mode, max_slices)
-    return Encoder(
-        load_tower(path), config.vision_config, config.image, tiling, config.vision_feature_layer, config.patch_pool
-    )
 
 
 def embed_data(
@@ -79,7 +68,7 @@ def embed_data(
         problems += records.problems
         images = image_paths(records, image_folder)
     encoder = load_encoder(model, max_slices=max_slices, offline=offline)
-    post = _post(load_config(resolve(model, offline=offline)), pool, after_projector)
+    post = load_post(load_config(resolve(model, offline=offline)), pool, after_projector)
     ranks = Ranks(output)
     mine = ranks.share(images)
     with StoreWriter(ranks.target, encoder.fingerprint(), codec, shard_bytes, post) as writer:
@@ -88,14 +77,6 @@ def embed_data(
     store = Store(output)
     failed = [Problem(name, reason) for name, reason in store.failures.items() if name in images]
     return EmbedReport(output, summary, store.info(), (*problems, *failed))
-
-
-def _post(config: ModelConfig, pool: int | None, after_projector: Path | None) -> Post | None:
-    """What is done to embeddings before they are stored."""
-    pool = pool or config.patch_pool
-    if after_projector is not None:
-        return Projected(load_projector(config, after_projector), config.projector_config, pool)
-    return Pool(pool) if pool > 1 else None
 
 
 def picture_names(data: Path) -> list[str]:

@@ -15,9 +15,10 @@ from mlx_llama3v.config import TilingConfig
 from mlx_llama3v.demo.dataset import DataSet, Exam, draw
 from mlx_llama3v.demo.exam import Result, sit
 from mlx_llama3v.demo.gallery import draw_gallery
+from mlx_llama3v.encoder import load_encoder
 from mlx_llama3v.errors import RunError
 from mlx_llama3v.platform import machine
-from mlx_llama3v.stages import embed_data, load_encoder, train_stage
+from mlx_llama3v.stages import embed_data, train_stage
 from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.train.report import Callbacks, Progress, Start

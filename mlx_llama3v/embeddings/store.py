@@ -164,6 +164,12 @@ class Store:
             for shard, i in found:
                 shard.advise(opened[shard.path], i)
 
+    def expect(self, turns: Iterable[tuple[int, Sequence[str]]]) -> None:
+        """Told what will be read, batch by batch. Nothing to do: all is here (see rolling.py)."""
+
+    def begin(self, turn: int) -> None:
+        """Told that a batch is read now. Nothing to do."""
+
     @property
     def width(self) -> int:
         """D of the embeddings; 0 in an empty store."""

@@ -1,0 +1,223 @@
+"""`train --embed-ahead`: a second process encodes what training reads next, so that the data may exceed the disk.
+
+The parent knows the layout of every picture from its header, so rows, lengths and order are as with a full store; it
+writes down the reads of the whole run, starts the encoder, and reads through a RollingStore. The child (`python -m
+mlx_llama3v.ahead DIRECTORY`) encodes them in that order within the budget; it ends when all is done or when its
+parent is gone. Nothing needs to survive: a resumed run starts a new child at its own turn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load, save
+
+from mlx_llama3v.checkpoint import load_config, resolve
+from mlx_llama3v.config import SliceLayout
+from mlx_llama3v.embeddings.codec import get_codec
+from mlx_llama3v.embeddings.embed import embed_images
+from mlx_llama3v.embeddings.rolling import RollingStore, RollingWriter, read_name
+from mlx_llama3v.embeddings.shard import write_atomic
+from mlx_llama3v.embeddings.store import Manifest, Store, plain
+from mlx_llama3v.embeddings.writer import Post, StoreWriter
+from mlx_llama3v.encoder import load_encoder, load_post
+from mlx_llama3v.errors import ImageError, StoreError, UserError
+from mlx_llama3v.projector import ProjectorConfig
+from mlx_llama3v.vision.encode import Encoder
+from mlx_llama3v.vision.image import image_size
+from mlx_llama3v.vision.pool import pooled_layout
+from mlx_llama3v.vision.tiling import plan
+
+SPEC, READS, LOG, CHANNELS = "spec.json", "reads.jsonl", "encoder.log", "channels.safetensors"
+_SAMPLE = 32  # pictures that the codec is fitted to
+_CHUNK = 2048  # reads that are handed to the pipeline at once
+
+
+@dataclass(frozen=True)
+class AheadConfig:
+    """How a run is embedded while it trains."""
+
+    model: str
+    budget: int  # bytes of shards on disk
+    codec: str = "float16"
+    pool: int | None = None
+    after_projector: str | None = None
+    max_slices: int | None = None
+    batch_size: int = 16
+    offline: bool = False
+
+
+class Ahead:
+    """The encoder's process, and the store that it fills. Use it as a context manager: the process ends with it."""
+
+    def __init__(
+        self, directory: Path, config: AheadConfig, images: Mapping[str, Path], always: Sequence[str] = ()
+    ) -> None:
+        """Read the header of every picture; embed those of `always` (read at any time) at once, into `held-out`.
+
+        Raises StoreError where the directory cannot be written.
+        """
+        self._directory, self._config, self._images = directory, config, images
+        self._process: subprocess.Popen[bytes] | None = None
+        model = load_config(resolve(config.model, offline=config.offline))
+        encoder = load_encoder(config.model, max_slices=config.max_slices, offline=config.offline)
+        post = load_post(model, config.pool, Path(config.after_projector) if config.after_projector else None)
+        layouts, problems = scan(images, encoder)
+        describe = plain(post.describe()) if post is not None else {}
+        shrinks = [int(describe.get("pool", 1))]
+        width = encoder.vision.hidden_size
+        if "projector" in describe:
+            shrinks.append(_shrinks(model.projector_config))
+            width = model.hidden_size
+        for n in shrinks:
+            layouts = {name: pooled_layout(layout, n) for name, layout in layouts.items()}
+        directory.mkdir(parents=True, exist_ok=True)
+        if not (directory / CHANNELS).exists():  # fitted once: a resumed run must read the same codes
+            _fit(directory / CHANNELS, config.codec, encoder, post, [images[name] for name in layouts])
+        held = None
+        if always:
+            with StoreWriter(directory / "held-out", encoder.fingerprint(), config.codec, post=post) as writer:
+                embed_images([(name, images[name]) for name in always], encoder, writer, batch_size=config.batch_size)
+            held = Store(directory / "held-out")
+        self.store = RollingStore(
+            directory,
+            Manifest(encoder.fingerprint(), config.codec, describe),
+            width,
+            layouts,
+            problems,
+            held,
+            self._check,
+            self._start,
+        )
+
+    def _start(self, turns: Iterable[tuple[int, Sequence[str]]]) -> None:
+        """Start the encoder on the reads of these turns (another one, if there was, ends)."""
+        self.close()
+        always = set(self.store.held_names)
+        lines = (
+            json.dumps([turn, [[name, str(self._images[name])] for name in dict.fromkeys(names) if name not in always]])
+            for turn, names in turns
+        )
+        write_atomic(self._directory / READS, (f"{line}\n".encode() for line in lines))
+        write_atomic(self._directory / SPEC, [json.dumps(asdict(self._config)).encode()])
+        command = [sys.executable, "-m", "mlx_llama3v.ahead", str(self._directory), str(os.getpid())]
+        with open(self._directory / LOG, "wb") as log:
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def _check(self) -> None:
+        """Raises StoreError where the encoder has ended and something is still wanted of it."""
+        if self._process is not None and self._process.poll() not in (None, 0):
+            lines = (self._directory / LOG).read_text(errors="replace").strip().splitlines()
+            why = lines[-1] if lines else f"status {self._process.returncode}"
+            raise StoreError(f"the encoder of {self._directory} has ended: {why}")
+
+    def close(self) -> None:
+        """End the encoder."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+            self._process = None
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def scan(
+    images: Mapping[str, Path], encoder: Encoder, threads: int = 8
+) -> tuple[dict[str, SliceLayout], dict[str, str]]:
+    """Layouts of all pictures, from their headers alone, and why the others have none."""
+
+    def look(item: tuple[str, Path]) -> tuple[str, SliceLayout | None, str]:
+        name, path = item
+        try:
+            size = image_size(path, encoder.image.max_pixels)
+        except ImageError as error:
+            return name, None, str(error)
+        return name, plan(*size, encoder.vision, encoder.tiling).layout, ""
+
+    layouts, problems = {}, {}
+    with ThreadPoolExecutor(threads) as pool:
+        for name, layout, reason in pool.map(look, images.items()):
+            if layout is None:
+                problems[name] = reason
+            else:
+                layouts[name] = layout
+    return layouts, problems
+
+
+def _fit(file: Path, codec: str, encoder: Encoder, post: Post | None, paths: Sequence[Path]) -> None:
+    """Fit the codec to pictures from all over the data, and write its channels. Raises StoreError."""
+    sample = []
+    for path in paths[:: max(1, len(paths) // _SAMPLE)][:_SAMPLE]:
+        with suppress(ImageError):  # listed when it is read
+            encoded = encoder.embed(path)
+            sample.append((post(encoded) if post is not None else encoded).patches)
+    channels = get_codec(codec).fit(np.concatenate(sample)) if sample else {}
+    write_atomic(file, [save(channels)])
+
+
+def _shrinks(config: ProjectorConfig) -> int:
+    return config.pool if config.kind == "attention" else 1
+
+
+def encode(directory: Path, parent: int) -> None:
+    """What the child does. Raises UserError."""
+    values: dict[str, Any] = json.loads((directory / SPEC).read_bytes())
+    config = AheadConfig(**values)
+    model = load_config(resolve(config.model, offline=config.offline))
+    encoder = load_encoder(config.model, max_slices=config.max_slices, offline=config.offline)
+    post = load_post(model, config.pool, Path(config.after_projector) if config.after_projector else None)
+
+    def check() -> None:
+        if os.getppid() != parent:
+            raise SystemExit(1)
+
+    channels = load((directory / CHANNELS).read_bytes())
+    writer = RollingWriter(directory, encoder.fingerprint(), config.codec, config.budget, post, channels, check)
+    try:
+        turn = -1
+        for chunk, turn in _chunks(directory / READS):  # noqa: B007 (the last one is told at the end)
+            check()
+            embed_images(chunk, encoder, writer, batch_size=config.batch_size)  # type: ignore[arg-type]
+        writer.end(turn)
+    finally:
+        writer.close()
+
+
+def _chunks(file: Path) -> Iterator[tuple[list[tuple[str, Path]], int]]:
+    """Reads of whole turns, about _CHUNK at once, and their last turn."""
+    chunk: list[tuple[str, Path]] = []
+    turn = -1
+    with open(file, encoding="utf-8") as lines:
+        for line in lines:
+            turn, images = json.loads(line)
+            chunk += [(read_name(turn, name), Path(path)) for name, path in images]
+            if len(chunk) >= _CHUNK:
+                yield chunk, turn
+                chunk = []
+    yield chunk, turn
+
+
+def main() -> None:
+    """The child's command line: DIRECTORY PARENT."""
+    try:
+        encode(Path(sys.argv[1]), int(sys.argv[2]))
+    except UserError as error:
+        raise SystemExit(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""From a model directory to what makes its embeddings: the frozen tower, and what is done to them before the store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlx_llama3v.checkpoint import load_config, load_projector, load_tower, resolve
+from mlx_llama3v.config import ModelConfig, TilingConfig
+from mlx_llama3v.embeddings.writer import Post
+from mlx_llama3v.projected import Projected
+from mlx_llama3v.vision.encode import Encoder
+from mlx_llama3v.vision.pool import Pool
+
+
+def load_encoder(model: str | Path, *, max_slices: int | None = None, offline: bool = False) -> Encoder:
+    """The frozen tower of a model directory with its own preprocessing and tiling; `max_slices` overrides the cap."""
+    path = resolve(model, offline=offline)
+    config = load_config(path)
+    tiling = config.tiling if max_slices is None else TilingConfig(config.tiling.mode, max_slices)
+    return Encoder(
+        load_tower(path), config.vision_config, config.image, tiling, config.vision_feature_layer, config.patch_pool
+    )
+
+
+def load_post(config: ModelConfig, pool: int | None, after_projector: Path | None) -> Post | None:
+    """What is done to embeddings before they are stored: the mean over pool x pool patches (default: the model's
+    own), the projector of a run. Raises CheckpointError where that run does not fit."""
+    pool = pool or config.patch_pool
+    if after_projector is not None:
+        return Projected(load_projector(config, after_projector), config.projector_config, pool)
+    return Pool(pool) if pool > 1 else None

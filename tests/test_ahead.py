@@ -1,0 +1,140 @@
+"""Training from a store that is filled while it is read: the same embeddings, in a fraction of the disk."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_llama3v.ahead import Ahead, AheadConfig
+from mlx_llama3v.demo.dataset import DataSet, draw
+from mlx_llama3v.embeddings.store import Store
+from mlx_llama3v.errors import StoreError
+from mlx_llama3v.stages import embed_data
+from mlx_llama3v.weights import TINY
+from mlx_llama3v.weights.convert import convert
+
+BUDGET = 400_000  # the whole store takes about 1.4 MB
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
+    return draw(tmp_path_factory.mktemp("data"), 60, 9, 6)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(TINY / "siglip", TINY / "llama", tmp_path_factory.mktemp("model") / "model").path
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, data: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    path = tmp_path_factory.mktemp("whole") / "store"
+    embed_data(model, data.captions, path, image_folder=data.images)
+    return Store(path)
+
+
+def images(data: DataSet) -> dict[str, Path]:
+    return {row["image"]: data.images / row["image"] for row in json.loads(data.captions.read_text())}
+
+
+def turns(names: list[str], epochs: int, size: int = 4) -> list[tuple[int, list[str]]]:
+    """Batches of a run: every epoch in another order."""
+    found: list[list[str]] = []
+    for epoch in range(epochs):
+        shuffled = names.copy()
+        random.Random(epoch).shuffle(shuffled)
+        found += [shuffled[i : i + size] for i in range(0, len(shuffled), size)]
+    return [*enumerate(found)]
+
+
+def held(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.glob("shard-*"))
+
+
+def test_every_read_is_what_a_full_store_gives(model: Path, data: DataSet, whole: Store, tmp_path: Path) -> None:
+    paths = images(data)
+    run = turns([*paths], epochs=2)
+    assert sum(shard.bytes for shard in whole.shards) > 3 * BUDGET
+    with Ahead(tmp_path, AheadConfig(str(model), BUDGET), paths) as ahead:
+        store = ahead.store
+        assert len(store) == 60 and store.width == whole.width and not store.failures
+        assert all(store.layout(name) == whole.layout(name) for name in paths)
+        store.expect(run)
+        most = 0
+        for turn, names in run:
+            store.begin(turn)
+            most = max(most, held(tmp_path))
+            for name, coded in zip(names, store.read_batch(names), strict=True):
+                assert coded.layout == whole.layout(name)
+                np.testing.assert_allclose(store.read(name).patches, whole.read(name).patches, rtol=2e-3, atol=2e-3)
+        assert 0 < most <= 1.5 * BUDGET
+        assert len([*tmp_path.glob("shard-*")]) < 10
+
+
+def test_a_resumed_run_reads_from_its_own_turn(model: Path, data: DataSet, whole: Store, tmp_path: Path) -> None:
+    paths = images(data)
+    run = turns([*paths], epochs=1)
+    with Ahead(tmp_path, AheadConfig(str(model), BUDGET, codec="int8"), paths) as ahead:
+        ahead.store.expect(run)
+        ahead.store.begin(3)
+    with Ahead(tmp_path, AheadConfig(str(model), BUDGET, codec="int8"), paths) as ahead:
+        ahead.store.expect(run[7:])
+        for turn, names in run[7:]:
+            ahead.store.begin(turn)
+            for name in names:
+                np.testing.assert_allclose(ahead.store.read(name).patches, whole.read(name).patches, rtol=0.02, atol=0.2)
+
+
+def test_held_out_pictures_are_there_at_any_time(model: Path, data: DataSet, whole: Store, tmp_path: Path) -> None:
+    paths = images(data)
+    always = [*paths][:5]
+    with Ahead(tmp_path, AheadConfig(str(model), BUDGET), paths, always) as ahead:
+        for name in always:
+            np.testing.assert_allclose(ahead.store.read(name).patches, whole.read(name).patches, rtol=2e-3, atol=2e-3)
+
+
+def test_unreadable_pictures_are_told_before_or_blank(model: Path, data: DataSet, tmp_path: Path) -> None:
+    paths = images(data)
+    names = [*paths]
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    half = tmp_path / "half.png"
+    half.write_bytes(paths[names[1]].read_bytes()[:-300])  # a good header, a bad end
+    paths |= {"no.png": tmp_path / "no.png", "half.png": half}
+    with Ahead(tmp_path / "ahead", AheadConfig(str(model), BUDGET), paths) as ahead:
+        store = ahead.store
+        assert [*store.failures] == ["no.png"] and "no.png" not in store and "half.png" in store
+        store.expect([(0, [names[0], "half.png"]), (1, [names[2]])])
+        store.begin(0)
+        assert not store.read("half.png").patches.any() and store.read(names[0]).patches.any()
+        assert "half.png" in store.failures
+        store.begin(1)
+        assert store.read(names[2]).patches.any()
+
+
+def test_an_encoder_that_dies_is_an_error_not_a_hang(model: Path, data: DataSet, tmp_path: Path) -> None:
+    paths = images(data)
+    with Ahead(tmp_path, AheadConfig(str(model), BUDGET), paths) as ahead:
+        ahead.store.expect(turns([*paths], epochs=50))
+        ahead.store.begin(2)
+        assert ahead._process is not None
+        ahead._process.kill()
+        with pytest.raises(StoreError, match=r"the encoder of .* has ended"):
+            for turn in range(3, 700):
+                ahead.store.begin(turn)
+
+
+def test_the_encoder_ends_with_its_parent(model: Path, data: DataSet, tmp_path: Path) -> None:
+    paths = images(data)
+    ahead = Ahead(tmp_path, AheadConfig(str(model), BUDGET), paths)
+    ahead.store.expect(turns([*paths], epochs=50))
+    ahead.store.begin(0)
+    process = ahead._process
+    assert process is not None and process.poll() is None
+    started = time.monotonic()
+    ahead.close()
+    assert process.poll() is not None and time.monotonic() - started < 10
