@@ -7,6 +7,7 @@ A knob is written once, as a dataclass field with its default and one line of he
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
@@ -18,7 +19,7 @@ import typer
 from mlx_llama3v.checkpoint import resolve
 from mlx_llama3v.config import TilingConfig
 from mlx_llama3v.errors import RunError
-from mlx_llama3v.inference import Session, load
+from mlx_llama3v.inference import Memory, Session, load
 
 Model = Annotated[str, typer.Option("--model", help="Model directory (from `convert`) or Hub id.", show_default=False)]
 Run = Annotated[Path | None, typer.Option("--run", help="Run directory (from `train`) to apply.", show_default=False)]
@@ -63,6 +64,14 @@ Config = Annotated[
 ]
 
 
+def byte_count(text: str) -> int:
+    """ "50GB" -> 50,000,000,000. Raises RunError for what is no size."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)[bB]?\s*", text)
+    if match is None or float(match[1]) == 0:
+        raise RunError(f"{text!r} is no size on disk; expected something like 50GB or 800MB.")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+
+
 def settings_options(cls: type, skip: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command that ends in `**settings` one option for each field of dataclass `cls`, except `skip`."""
 
@@ -98,9 +107,21 @@ def tiling(base: TilingConfig, max_slices: int | None) -> TilingConfig:
     return base if max_slices is None else TilingConfig(base.mode, max_slices)
 
 
-def open_session(model: str, run: Path | None, system: str | None, max_slices: int | None, offline: bool) -> Session:
+def split_settings(values: dict[str, Any], *classes: type) -> list[Any]:
+    """One instance of each settings class from the options that `settings_options` made of them."""
+    return [cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values}) for cls in classes]
+
+
+def open_session(
+    model: str,
+    run: Path | None,
+    system: str | None,
+    max_slices: int | None,
+    offline: bool,
+    memory: Memory | None = None,
+) -> Session:
     """A chat session on a model directory and, if given, a run; used by `chat` and `generate`."""
-    session = load(resolve(model, offline=offline), run, system=system)
+    session = load(resolve(model, offline=offline), run, system=system, memory=memory)
     if session.encoder is not None:
         session.encoder.tiling = tiling(session.encoder.tiling, max_slices)
     return session

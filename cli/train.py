@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.text import Text
 
+from mlx_llama3v.ahead import AheadConfig
 from mlx_llama3v.cli import show
-from mlx_llama3v.cli.options import Config, Model, Offline, settings_options
+from mlx_llama3v.cli.options import Config, Model, Offline, byte_count, settings_options
+from mlx_llama3v.errors import RunError
 from mlx_llama3v.stages import train_stage
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.train.report import Callbacks, Evaluation, Progress, Start
@@ -26,12 +28,24 @@ def register(app: typer.Typer) -> None:
 def train(
     model: Model,
     data: Annotated[Path, typer.Option("--data", help="LLaVA-format JSON or JSONL.", show_default=False)],
-    embeddings: Annotated[Path, typer.Option("--embeddings", help="Store (from `embed`).", show_default=False)],
     output: Annotated[Path, typer.Option("--output", help="Run directory to write.", show_default=False)],
+    embeddings: Annotated[
+        Path | None, typer.Option("--embeddings", help="Store (from `embed`).", show_default=False)
+    ] = None,
     image_folder: Annotated[
         Path | None,
-        typer.Option("--image-folder", help="Not needed: pictures come from the store.", hidden=True),
+        typer.Option("--image-folder", help="With --embed-ahead: where names in DATA start.", show_default=False),
     ] = None,
+    embed_ahead: Annotated[
+        bool,
+        typer.Option("--embed-ahead", help="No store: a second process encodes what is read next, and drops it after."),
+    ] = False,
+    store_budget: Annotated[
+        str, typer.Option("--store-budget", help="Disk that --embed-ahead may use, as 50GB or 800MB.")
+    ] = "50GB",
+    codec: Annotated[
+        Literal["float16", "int8", "int4"], typer.Option("--codec", help="How --embed-ahead holds embeddings.")
+    ] = "float16",
     projector: Annotated[
         Path | None,
         typer.Option("--projector", help="Run (or file) to take the projector from; sft needs one."),
@@ -48,14 +62,19 @@ def train(
     values: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
     }
+    if embed_ahead == (embeddings is not None):
+        raise RunError("give either --embeddings STORE, or --embed-ahead to embed while training.")
+    ahead = AheadConfig(model, byte_count(store_budget), codec, offline=offline) if embed_ahead else None
     with show.bar(values["stage"], "steps") as bar:
         result = train_stage(
             model,
             data,
-            embeddings,
+            embeddings or output / "ahead",
             output,
             TrainConfig(**values),
             projector=projector,
+            ahead=ahead,
+            image_folder=image_folder,
             resume=resume,
             offline=offline,
             callbacks=_watch(bar),

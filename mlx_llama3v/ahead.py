@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -32,13 +35,14 @@ from mlx_llama3v.embeddings.store import Manifest, Store, plain
 from mlx_llama3v.embeddings.writer import Post, StoreWriter
 from mlx_llama3v.encoder import load_encoder, load_post
 from mlx_llama3v.errors import ImageError, StoreError, UserError
-from mlx_llama3v.projector import ProjectorConfig
+from mlx_llama3v.projected import shrinks_by
 from mlx_llama3v.vision.encode import Encoder
 from mlx_llama3v.vision.image import image_size
 from mlx_llama3v.vision.pool import pooled_layout
 from mlx_llama3v.vision.tiling import plan
 
 SPEC, READS, LOG, CHANNELS = "spec.json", "reads.jsonl", "encoder.log", "channels.safetensors"
+_ROLLING = "rolling-"
 _SAMPLE = 32  # pictures that the codec is fitted to
 _CHUNK = 2048  # reads that are handed to the pipeline at once
 
@@ -77,7 +81,7 @@ class Ahead:
         shrinks = [int(describe.get("pool", 1))]
         width = encoder.vision.hidden_size
         if "projector" in describe:
-            shrinks.append(_shrinks(model.projector_config))
+            shrinks.append(shrinks_by(model.projector_config))
             width = model.hidden_size
         for n in shrinks:
             layouts = {name: pooled_layout(layout, n) for name, layout in layouts.items()}
@@ -100,19 +104,27 @@ class Ahead:
             self._start,
         )
 
-    def _start(self, turns: Iterable[tuple[int, Sequence[str]]]) -> None:
-        """Start the encoder on the reads of these turns (another one, if there was, ends)."""
+    def _start(self, turns: Iterable[tuple[int, Sequence[str]]]) -> Path:
+        """Start the encoder on the reads of these turns (another one, if there was, ends).
+
+        In a new directory: the encoder of a run that was killed may live for a moment longer.
+        """
         self.close()
+        for old in self._directory.glob(f"{_ROLLING}*"):
+            shutil.rmtree(old, ignore_errors=True)
+        target = self._directory / f"{_ROLLING}{os.getpid()}"
+        target.mkdir(parents=True)
         always = set(self.store.held_names)
         lines = (
             json.dumps([turn, [[name, str(self._images[name])] for name in dict.fromkeys(names) if name not in always]])
             for turn, names in turns
         )
-        write_atomic(self._directory / READS, (f"{line}\n".encode() for line in lines))
-        write_atomic(self._directory / SPEC, [json.dumps(asdict(self._config)).encode()])
-        command = [sys.executable, "-m", "mlx_llama3v.ahead", str(self._directory), str(os.getpid())]
+        write_atomic(target / READS, (f"{line}\n".encode() for line in lines))
+        write_atomic(target / SPEC, [json.dumps(asdict(self._config)).encode()])
+        command = [sys.executable, "-m", "mlx_llama3v.ahead", str(target), str(os.getpid())]
         with open(self._directory / LOG, "wb") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        return target
 
     def _check(self) -> None:
         """Raises StoreError where the encoder has ended and something is still wanted of it."""
@@ -124,7 +136,7 @@ class Ahead:
     def close(self) -> None:
         """End the encoder."""
         if self._process is not None:
-            self._process.terminate()
+            self._process.kill()  # nothing that it has is needed any more
             self._process.wait()
             self._process = None
 
@@ -133,6 +145,8 @@ class Ahead:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+        for old in self._directory.glob(f"{_ROLLING}*"):
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def scan(
@@ -169,10 +183,6 @@ def _fit(file: Path, codec: str, encoder: Encoder, post: Post | None, paths: Seq
     write_atomic(file, [save(channels)])
 
 
-def _shrinks(config: ProjectorConfig) -> int:
-    return config.pool if config.kind == "attention" else 1
-
-
 def encode(directory: Path, parent: int) -> None:
     """What the child does. Raises UserError."""
     values: dict[str, Any] = json.loads((directory / SPEC).read_bytes())
@@ -185,7 +195,7 @@ def encode(directory: Path, parent: int) -> None:
         if os.getppid() != parent:
             raise SystemExit(1)
 
-    channels = load((directory / CHANNELS).read_bytes())
+    channels = load((directory.parent / CHANNELS).read_bytes())
     writer = RollingWriter(directory, encoder.fingerprint(), config.codec, config.budget, post, channels, check)
     try:
         turn = -1
@@ -195,6 +205,13 @@ def encode(directory: Path, parent: int) -> None:
         writer.end(turn)
     finally:
         writer.close()
+
+
+def _end_with(parent: int) -> None:
+    """Nobody reads what is encoded for a run that was killed."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _chunks(file: Path) -> Iterator[tuple[list[tuple[str, Path]], int]]:
@@ -213,8 +230,10 @@ def _chunks(file: Path) -> Iterator[tuple[list[tuple[str, Path]], int]]:
 
 def main() -> None:
     """The child's command line: DIRECTORY PARENT."""
+    parent = int(sys.argv[2])
+    Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
-        encode(Path(sys.argv[1]), int(sys.argv[2]))
+        encode(Path(sys.argv[1]), parent)
     except UserError as error:
         raise SystemExit(str(error)) from error
 

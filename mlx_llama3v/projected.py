@@ -13,15 +13,21 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_llama3v.config import Encoded, ProjectorConfig
+from mlx_llama3v.errors import StoreError
 from mlx_llama3v.projector import Projector, pack
 from mlx_llama3v.tensors import digest, parameters
 from mlx_llama3v.vision.pool import pool_picture, pooled_layout
+
+
+_KINDS = ("attention", "linear", "mlp")  # one visual token a patch, or one a square of patches
 
 
 class Projected:
     """`post` of a StoreWriter: pooling, where asked for, and a frozen projector."""
 
     def __init__(self, projector: Projector, config: ProjectorConfig, pool: int = 1) -> None:
+        if config.kind not in _KINDS or config.num_tokens((4, 4)) != (-(-4 // shrinks_by(config))) ** 2:
+            raise StoreError(f"the output of a {config.kind} projector has no form in a store; embed without it.")
         self._projector, self._config, self._pool = projector, config, pool
 
     def describe(self) -> dict[str, Any]:
@@ -36,8 +42,12 @@ class Projected:
         assert packed is not None  # a picture has at least one slice
         tokens = self._projector(mx.array(packed.patches), mx.array(packed.grid), packed.num_tokens)
         rows = np.array(tokens.astype(mx.float32)).reshape(-1, tokens.shape[-1])[packed.tables[0]]
-        shrinks = self._config.pool if self._config.kind == "attention" else 1
-        return Encoded(pooled_layout(encoded.layout, shrinks), rows)
+        return Encoded(pooled_layout(encoded.layout, shrinks_by(self._config)), rows)
+
+
+def shrinks_by(config: ProjectorConfig) -> int:
+    """Patches along a side for which the projector gives one visual token."""
+    return config.pool if config.kind == "attention" else 1
 
 
 def projector_digest(projector: Projector) -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mlx_llama3v.ahead import Ahead, AheadConfig
 from mlx_llama3v.checkpoint import load_config, load_model, load_run, resolve
 from mlx_llama3v.config import ModelConfig
 from mlx_llama3v.data.llava import folder_images, image_paths, read_records
-from mlx_llama3v.data.records import Problem
+from mlx_llama3v.data.records import Problem, Record
 from mlx_llama3v.embeddings.embed import EmbedProgress, EmbedSummary, embed_images
 from mlx_llama3v.embeddings.ranks import Ranks
-from mlx_llama3v.embeddings.store import Store
+from mlx_llama3v.embeddings.store import Reader, Store
 from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.encoder import load_encoder, load_post
 from mlx_llama3v.errors import DataError, RunError, StoreError
@@ -21,6 +23,7 @@ from mlx_llama3v.model import Llama3V
 from mlx_llama3v.projected import projector_digest, stored_config
 from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.train.config import TrainConfig
+from mlx_llama3v.train.evaluate import hold_out
 from mlx_llama3v.train.report import Callbacks
 from mlx_llama3v.train.trainer import TrainResult, train
 
@@ -92,6 +95,8 @@ def train_stage(
     config: TrainConfig,
     *,
     projector: Path | None = None,
+    ahead: AheadConfig | None = None,
+    image_folder: Path | None = None,
     resume: bool = False,
     offline: bool = False,
     callbacks: Callbacks | None = None,
@@ -99,40 +104,59 @@ def train_stage(
     """Run one stage on the records of `data`, whose pictures are in the store `embeddings`.
 
     `projector`: the run (or its projector.safetensors) whose projector to start from; stage sft needs one.
-    Records that cannot be read are among the result's problems. Raises UserError.
+    `ahead`: `embeddings` is not there yet; a second process fills it as training reads, from pictures that are looked
+    for as `embed` does (`image_folder`). Records that cannot be read are among the result's problems. Raises UserError.
     """
     path = resolve(model, offline=offline)
-    model_config = load_config(path)
-    store = Store(embeddings)
-    _check_store(store, embeddings, model_config, path)
     if config.stage == "sft" and projector is None:
         raise RunError("stage sft keeps the projector frozen; give a trained one with --projector RUN.")
     records = read_records(data)
     if not records.records:
         why = f"; the first problem: {records.problems[0]}" if records.problems else ""
         raise DataError(f"{data} has no record to train on{why}.")
+    with ExitStack() as stack:
+        store: Reader
+        if ahead is None:
+            store = Store(embeddings)
+        else:
+            images = image_paths(records, image_folder)
+            always = _held_out_images(records.records, config)
+            store = stack.enter_context(Ahead(embeddings, ahead, images, always)).store
+        result = _train(path, store, records.records, output, config, projector, resume, callbacks, str(data))
+    return replace(result, problems=(*records.problems, *result.problems))
+
+
+def _train(
+    path: Path,
+    store: Reader,
+    records: Sequence[Record],
+    output: Path,
+    config: TrainConfig,
+    projector: Path | None,
+    resume: bool,
+    callbacks: Callbacks | None,
+    data: str,
+) -> TrainResult:
+    """Load the model, and train it on a store that fits it."""
+    model_config = load_config(path)
+    _check_store(store, store.path, model_config, path)
     llama3v = load_model(path)
     if projector is not None:
         load_run(llama3v, projector.parent if projector.is_file() else projector)
     if "projector" in store.manifest.post:
         _use_stored_tokens(llama3v, store, config.stage)
-    tokens = Tokens.load(path, model_config.marker_ids, model_config.eos_token_ids)
-    notes = {"model": str(model), "data_file": str(data), "projector": str(projector or "")}
-    result = train(
-        config,
-        llama3v,
-        tokens,
-        store,
-        records.records,
-        output,
-        resume=resume,
-        callbacks=callbacks,
-        notes=notes,
-    )
-    return replace(result, problems=(*records.problems, *result.problems))
+    tokens = Tokens.load(path, model_config.marker_ids, model_config.eos_token_ids, model_config.prompt_layout)
+    notes = {"model": str(path), "data_file": data, "projector": str(projector or "")}
+    return train(config, llama3v, tokens, store, records, output, resume=resume, callbacks=callbacks, notes=notes)
 
 
-def _use_stored_tokens(model: Llama3V, store: Store, stage: str) -> None:
+def _held_out_images(records: Sequence[Record], config: TrainConfig) -> list[str]:
+    """Pictures that evaluations read: of the first held-out rows, and of more than are used, lest some are left out."""
+    held_out = hold_out(records, config.val_split)[1][: 4 * config.val_rows]
+    return [*dict.fromkeys(name for record in held_out for name in record.images)]
+
+
+def _use_stored_tokens(model: Llama3V, store: Reader, stage: str) -> None:
     """Let the model take the projector's output from the store. Raises RunError where that is another projector's."""
     if stage != "sft":
         raise RunError(f"{store.path} holds the output of a projector; stage {stage} trains one and needs its input.")
@@ -145,7 +169,7 @@ def _use_stored_tokens(model: Llama3V, store: Store, stage: str) -> None:
     model.config = replace(model.config, projector_config=stored_config(model.config.projector_config))
 
 
-def _check_store(store: Store, path: Path, config: ModelConfig, model: Path) -> None:
+def _check_store(store: Reader, path: Path, config: ModelConfig, model: Path) -> None:
     """Refuse embeddings of another tower, layer or pixel preprocessing, without loading the tower.
 
     The tower's weights are not compared: that would mean to read and hash them, which `embed` did.
@@ -158,6 +182,6 @@ def _check_store(store: Store, path: Path, config: ModelConfig, model: Path) -> 
         "image": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config.image).items()},
     }
     for key, value in expected.items():
-        found = store.fingerprint.get(key)
+        found = store.manifest.fingerprint.get(key)
         if found != value:
             raise StoreError(f"{path} was made with {key} {found}, but {model} has {value}; embed with that model.")

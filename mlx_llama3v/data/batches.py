@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_llama3v.config import ModelConfig, ProjectorConfig, SliceLayout
 from mlx_llama3v.data.records import Problem, Record
-from mlx_llama3v.embeddings.store import Store
+from mlx_llama3v.embeddings.store import Reader
 from mlx_llama3v.errors import ContextError, DataError, StoreError
 from mlx_llama3v.projector import pack
 from mlx_llama3v.text.prompt import FIRST_VISUAL, Rendered, render
@@ -63,7 +63,7 @@ class Batch:
 
 def build_rows(
     records: Iterable[Record],
-    store: Store,
+    store: Reader,
     tokens: Tokens,
     projector: ProjectorConfig,
     max_length: int,
@@ -93,7 +93,7 @@ def build_rows(
     return rows, problems
 
 
-def _build_row(record: Record, store: Store, tokens: Tokens, projector: ProjectorConfig, *, caption: bool) -> Row:
+def _build_row(record: Record, store: Reader, tokens: Tokens, projector: ProjectorConfig, *, caption: bool) -> Row:
     for name in record.images:
         if name not in store:
             raise DataError(f"its picture {name!r} is not in the store: {store.failures.get(name, 'not embedded')}")
@@ -117,7 +117,7 @@ def order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> lis
     return [batches[i] for i in random.permutation(len(batches))]
 
 
-def collate(rows: Sequence[Row], store: Store, config: ModelConfig, pad_to: int = 32) -> Batch:
+def collate(rows: Sequence[Row], store: Reader, config: ModelConfig, pad_to: int = 32) -> Batch:
     """Put rows together, reading their embeddings; L becomes one of few multiples of `pad_to`.
 
     Computes with NumPy alone, so it may run in a thread beside the training step. Raises StoreError.
@@ -154,7 +154,7 @@ def collate(rows: Sequence[Row], store: Store, config: ModelConfig, pad_to: int 
 
 
 def _slices(
-    rows: Sequence[Row], store: Store, config: ModelConfig
+    rows: Sequence[Row], store: Reader, config: ModelConfig
 ) -> tuple[np.ndarray | None, np.ndarray | None, int, list[np.ndarray]]:
     """The padded patches and grids of a batch, the room a slice has for its tokens, and one table a row that
     takes the row's k-th visual token to its entry of the projected [S * num_tokens]."""

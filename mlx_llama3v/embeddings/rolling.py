@@ -194,7 +194,7 @@ class RollingStore:
         problems: Mapping[str, str],
         held: Store | None = None,
         check: Callable[[], None] = lambda: None,
-        start: Callable[[Iterable[Turn]], None] = lambda turns: None,
+        start: Callable[[Iterable[Turn]], Path] | None = None,
     ) -> None:
         """See the module.
 
@@ -203,9 +203,9 @@ class RollingStore:
             problems: pictures that have no readable header, and why.
             held: a store of pictures that are read at any time (of held-out rows).
             check: called while waiting; raises StoreError where the writing process has ended badly.
-            start: starts that process on the reads of a run.
+            start: starts that process on the reads of a run, and returns the directory that it fills.
         """
-        self.path, self.manifest, self.width = path, manifest, width
+        self.path, self.manifest, self._width = path, manifest, width
         self.codec = get_codec(manifest.codec)
         self.failures = dict(problems)
         self._layouts, self._held, self._check, self._start = layouts, held, check, start
@@ -217,6 +217,11 @@ class RollingStore:
     def fingerprint(self) -> dict[str, Any]:
         """See Store."""
         return self.manifest.fingerprint
+
+    @property
+    def width(self) -> int:
+        """See Store."""
+        return self._width
 
     def __len__(self) -> int:
         return len(self._layouts)
@@ -237,7 +242,9 @@ class RollingStore:
 
     def expect(self, turns: Iterable[Turn]) -> None:
         """What will be read, turn by turn: the writer starts on it."""
-        self._start(turns)
+        if self._start is not None:
+            self.path = self._start(turns)
+        self._turn, self._shards, self._where = -1, {}, {}
 
     def begin(self, turn: int) -> None:
         """Reads from now on are those of `turn`: delete what only earlier ones read, and wait until they are there.
@@ -271,7 +278,7 @@ class RollingStore:
             raise StoreError(f"{self.path} has no embedding of {name!r} in turn {self._turn}.")
         self.failures[name] = reason
         layout = self.layout(name)
-        blank = np.zeros((layout.patches, self.width), np.float32)
+        blank = np.zeros((layout.patches, self._width), np.float32)
         channels = self.codec.fit(blank)
         return Coded(layout, {**self.codec.encode(blank, channels), **channels})
 

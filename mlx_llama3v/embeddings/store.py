@@ -15,12 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from mlx_llama3v.config import Encoded, SliceLayout
-from mlx_llama3v.embeddings.codec import Parts, get_codec, misfit, saturate, width
+from mlx_llama3v.embeddings.codec import Codec, Parts, get_codec, misfit, saturate, width
 from mlx_llama3v.embeddings.index import Index
 from mlx_llama3v.embeddings.shard import SCHEMA, Shard, damaged, read_shard, write_atomic
 from mlx_llama3v.errors import StoreError
@@ -84,6 +84,26 @@ class Manifest:
         if keys:
             what = "; ".join(f"{key} is {mine.get(key)!r} there and {yours.get(key)!r} here" for key in keys)
             raise StoreError(f"{path} was made with other settings: {what}; use those, or another directory for these.")
+
+
+class Reader(Protocol):
+    """What training asks of a store: a Store, or a RollingStore that is filled while it is read."""
+
+    path: Path
+    manifest: Manifest
+    codec: Codec
+    failures: dict[str, str]
+
+    @property
+    def width(self) -> int: ...
+    def __len__(self) -> int: ...
+    def __contains__(self, name: object) -> bool: ...
+    def layout(self, name: str) -> SliceLayout: ...
+    def read(self, name: str) -> Encoded: ...
+    def read_batch(self, names: Sequence[str]) -> list[Coded]: ...
+    def announce(self, names: Iterable[str]) -> None: ...
+    def expect(self, turns: Iterable[tuple[int, Sequence[str]]]) -> None: ...
+    def begin(self, turn: int) -> None: ...
 
 
 class Store:

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from mlx_llama3v.data.batches import Row, build_rows, collate, order
 from mlx_llama3v.data.records import Problem, Record
-from mlx_llama3v.embeddings.store import Store
+from mlx_llama3v.embeddings.store import Reader
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.text.prompt import render
 from mlx_llama3v.text.tokens import Tokens
@@ -44,7 +44,7 @@ class Evaluator:
     """
 
     def __init__(
-        self, records: Sequence[Record], store: Store, tokens: Tokens, model: Llama3V, config: TrainConfig
+        self, records: Sequence[Record], store: Reader, tokens: Tokens, model: Llama3V, config: TrainConfig
     ) -> None:
         self._model, self._store, self._config = model, store, config
 

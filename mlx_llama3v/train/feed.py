@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from mlx_llama3v.config import ModelConfig
 from mlx_llama3v.data.batches import Batch, Row, collate, order
-from mlx_llama3v.embeddings.store import Store
+from mlx_llama3v.embeddings.store import Reader
 from mlx_llama3v.train.config import TrainConfig
 
 _AHEAD = 2  # batches that are read while a step computes
@@ -23,7 +23,7 @@ class Feed:
         per_epoch: batches of one pass over the rows.
     """
 
-    def __init__(self, rows: Sequence[Row], store: Store, model: ModelConfig, config: TrainConfig) -> None:
+    def __init__(self, rows: Sequence[Row], store: Reader, model: ModelConfig, config: TrainConfig) -> None:
         self._rows, self._store, self._model, self._config = rows, store, model, config
         # A compiled step wants few shapes; without, what pads least is best.
         self._pad_to = 32 if config.compile else 4
@@ -43,11 +43,13 @@ class Feed:
 
         Raises StoreError.
         """
+        numbers = range(self.first(step), self.total)
+        self._store.expect((n, [name for row in self._pick(n) for name in row.images]) for n in numbers)
         waiting: deque[Future[list[Batch]]] = deque()
         pool = ThreadPoolExecutor(1, "batches")
         try:
-            for number in range(self.first(step), self.total):
-                waiting.append(pool.submit(self._collate, self._pick(number)))
+            for number in numbers:
+                waiting.append(pool.submit(self._collate, number, self._pick(number)))
                 if len(waiting) > _AHEAD:
                     yield waiting.popleft().result()
             while waiting:
@@ -55,8 +57,9 @@ class Feed:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _collate(self, rows: list[Row]) -> list[Batch]:
+    def _collate(self, number: int, rows: list[Row]) -> list[Batch]:
         """The parts have like lengths: the rows of a batch are sorted, and dealt in turn."""
+        self._store.begin(number)
         parts = [rows[lane :: self._lanes] for lane in range(self._lanes)]
         return [collate(part, self._store, self._model, self._pad_to) for part in parts if part]
 

@@ -22,7 +22,7 @@ import mlx.core as mx
 
 from mlx_llama3v.data.batches import Batch, build_rows
 from mlx_llama3v.data.records import Problem, Record
-from mlx_llama3v.embeddings.store import Store
+from mlx_llama3v.embeddings.store import Reader
 from mlx_llama3v.errors import DataError, RunError
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.platform import machine
@@ -61,7 +61,7 @@ def train(
     config: TrainConfig,
     model: Llama3V,
     tokens: Tokens,
-    store: Store,
+    store: Reader,
     records: Sequence[Record],
     run_dir: Path | str,
     *,
@@ -95,7 +95,7 @@ class _Run:
         config: TrainConfig,
         model: Llama3V,
         tokens: Tokens,
-        store: Store,
+        store: Reader,
         records: Sequence[Record],
         path: Path,
         callbacks: Callbacks,
