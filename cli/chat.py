@@ -3,28 +3,46 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mlx_llama3v.cli import show
-from mlx_llama3v.cli.options import Config, MaxSlices, Model, Offline, Run, open_session, settings_options
-from mlx_llama3v.errors import UserError
-from mlx_llama3v.inference import Sampling, Session
-from mlx_llama3v.vision.image import open_image
+from mlx_llama3v.cli.options import (
+    Config,
+    MaxSlices,
+    Model,
+    Offline,
+    Run,
+    open_session,
+    settings_options,
+    split_settings,
+)
+from mlx_llama3v.cli.transcript import Exchange, from_markdown, to_markdown
+from mlx_llama3v.errors import DataError, UserError
+from mlx_llama3v.inference import Answer, Memory, Picture, Sampling, Session
+from mlx_llama3v.vision.image import image_size
 
-HELP = """/image FILE   show a picture with the next question (also: type or drop just its path)
-/reset        forget the conversation
-/help         this list
-/exit         leave (also Ctrl-D); Ctrl-C stops an answer"""
+HELP = """/image FILE    show a picture with the next question (also: type or drop just its path)
+/images        list the pictures of the conversation
+/system TEXT   set the system text (without TEXT: none); the conversation begins anew
+/retry         answer the last question again
+/edit TEXT     ask the last question with this text instead
+/reset         forget the conversation
+/save FILE.md  write the conversation to a file
+/load FILE.md  take up a saved conversation
+/stats         token counts and times of the last answer
+/help          this list
+/exit          leave (also Ctrl-D); Ctrl-C stops an answer"""
 
 
 def register(app: typer.Typer) -> None:
     app.command()(chat)
 
 
+@settings_options(Memory)
 @settings_options(Sampling)
 def chat(
     model: Model,
@@ -32,18 +50,20 @@ def chat(
     run: Run = None,
     system_prompt: Annotated[str | None, typer.Option("--system-prompt", help="System text.")] = None,
     max_slices: MaxSlices = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print /stats after every answer.")] = False,
     offline: Offline = False,
     config: Config = None,
-    **sampling: Any,
+    **settings: Any,
 ) -> None:
     """Talk about pictures; answers stream, earlier turns stay in memory.
 
     Example: `llama3v-mlx chat --model my-model --image photo.jpg`, then type questions; `/help` lists the commands.
     """
-    session = open_session(model, run, system_prompt, max_slices, offline)
-    conversation = Conversation(session, Sampling(**sampling))
+    sampling, memory = split_settings(settings, Sampling, Memory)
+    session = open_session(model, run, system_prompt, max_slices, offline, memory)
+    conversation = Conversation(session, sampling, verbose)
     for path in image or []:
-        conversation.show(path)
+        conversation.show(str(path))
     if sys.stdin.isatty():
         show.out.print("Ask away; /help lists the commands, Ctrl-D leaves.")
     for line in _lines():
@@ -58,58 +78,147 @@ def chat(
 class Conversation:
     """Takes typed lines: commands, pictures and questions."""
 
-    def __init__(self, session: Session, sampling: Sampling) -> None:
-        self.session, self.sampling = session, sampling
+    def __init__(self, session: Session, sampling: Sampling, verbose: bool = False) -> None:
+        self.session, self.sampling, self.verbose = session, sampling, verbose
         self.waiting: list[Path] = []  # pictures for the next question
+        self.asked: list[tuple[Path, ...]] = []  # the pictures of every turn
+        self.last: Answer | None = None
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/help": lambda _: _say(f"{HELP}\n"),
+            "/image": self.show,
+            "/images": self.list_pictures,
+            "/system": self.set_system,
+            "/reset": self.reset,
+            "/retry": self.retry,
+            "/edit": self.edit,
+            "/save": self.save,
+            "/load": self.load,
+            "/stats": self.stats,
+        }
 
     def take(self, line: str) -> None:
         """One line. Raises UserError; the conversation is then as it was."""
         if not line:
             return
-        if line == "/help":
-            _say(f"{HELP}\n")
-        elif line == "/reset":
-            self.session.reset()
-            self.waiting.clear()
-            _say("The conversation is forgotten.\n")
-        elif line.split()[0] == "/image":
-            self.show(_path(line.removeprefix("/image")))
+        word, _, rest = line.partition(" ")
+        if word in self._commands:
+            self._commands[word](rest.strip())
+        elif _is_file(line):
+            self.show(line)
         elif line.startswith("/"):
-            self._slash(line)
-        elif _path(line).is_file():
-            self.show(_path(line))
+            _say(f"{word} is no command.\n{HELP}\n")
         else:
             self.ask(line)
 
-    def _slash(self, line: str) -> None:
-        """An absolute path that was dropped on the terminal, else an unknown command."""
-        if _path(line).is_file():
-            self.show(_path(line))
-        else:
-            _say(f"{line.split()[0]} is no command.\n{HELP}\n")
-
-    def show(self, path: Path) -> None:
+    def show(self, text: str) -> None:
         """Take a picture for the next question. Raises ImageError at once where it cannot be read."""
-        limit = self.session.model.config.image.max_pixels
-        width, height = open_image(path, limit).size
+        path = _path(text)
+        width, height = image_size(path, self.session.model.config.image.max_pixels)
         self.waiting.append(path)
         _say(f"{path.name}: {width} x {height}; it goes with your next question.\n")
 
+    def list_pictures(self, _: str) -> None:
+        for turn, paths in enumerate(self.asked, 1):
+            for path in paths:
+                _say(f"question {turn}: {path}\n")
+        for path in self.waiting:
+            _say(f"next question: {path}\n")
+        if not self.waiting and not any(self.asked):
+            _say("There is no picture yet; /image FILE shows one.\n")
+
+    def set_system(self, text: str) -> None:
+        self.session.system = text or None
+        self.session.reset()
+        self.asked, self.last = [], None
+        _say("The system text is set; the conversation begins anew.\n" if text else "There is no system text now.\n")
+
+    def reset(self, _: str) -> None:
+        self.session.reset()
+        self.waiting, self.asked, self.last = [], [], None
+        _say("The conversation is forgotten.\n")
+
+    def retry(self, _: str) -> None:
+        turn = self._undo()
+        self._stream(turn[0], turn[1], turn[2])
+
+    def edit(self, text: str) -> None:
+        if not text:
+            raise DataError("/edit needs the new text of the last question.")
+        _, pictures, paths = self._undo()
+        self._stream(text, pictures, paths)
+
+    def save(self, name: str) -> None:
+        path = _named(name, "/save")
+        turns = zip(self.session.turns, self.asked, self.session.answers(), strict=True)
+        found = [Exchange(turn.text, tuple(p.absolute() for p in paths), said) for turn, paths, said in turns]
+        try:
+            path.write_text(to_markdown(self.session.system, found), encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"{path} cannot be written: {error.strerror}.") from error
+        _say(f"{len(found)} turns saved to {path}\n")
+
+    def load(self, name: str) -> None:
+        path = _named(name, "/load")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read as a saved conversation.") from error
+        system, found = from_markdown(text, str(path))
+        pictures = [[self.session.encode(image) for image in exchange.images] for exchange in found]  # or nothing
+        self.session.system = system
+        self.session.restore([(e.question, images, e.answer) for e, images in zip(found, pictures, strict=True)])
+        self.asked, self.waiting, self.last = [exchange.images for exchange in found], [], None
+        _say(f"{len(found)} turns taken up from {path}\n")
+
+    def stats(self, _: str) -> None:
+        _say(f"{show.answer_stats(self.last)}\n" if self.last else "There is no answer yet.\n")
+
     def ask(self, text: str) -> None:
         """Stream an answer; Ctrl-C ends the answer, not the program."""
-        pieces = self.session.ask(text, self.waiting, self.sampling)
-        self.waiting = []
+        paths = tuple(self.waiting)
+        self._stream(text, paths, paths)
+
+    def _undo(self) -> tuple[str, Sequence[Picture], tuple[Path, ...]]:
+        turn = self.session.undo()
+        if turn is None:
+            raise DataError("there is no question yet.")
+        return turn.text, turn.pictures, self.asked.pop()
+
+    def _stream(self, text: str, pictures: Sequence[Picture], paths: tuple[Path, ...]) -> None:
+        before = len(self.session.turns)
         try:
-            for piece in pieces:
+            for piece in self.session.ask(text, pictures, self.sampling):
                 _say(piece.text)
+                self.last = piece.answer or self.last
         except KeyboardInterrupt:
             _say(" (stopped)")
         _say("\n")
+        if len(self.session.turns) == before:
+            return  # stopped before the first token: the pictures wait for the next question
+        self.asked.append(paths)
+        self.waiting = []
+        if self.last and self.last.finish_reason == "repetition":
+            _say("(ended: the answer began to repeat itself)\n")
+        if self.verbose and self.last:
+            show.err.print(show.answer_stats(self.last))
 
 
 def _say(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def _named(text: str, command: str) -> Path:
+    if not text:
+        raise DataError(f"{command} needs the name of a file.")
+    return _path(text)
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return _path(text).is_file()
+    except (OSError, ValueError, RuntimeError):  # a question is longer than a file name may be
+        return False
 
 
 def _path(text: str) -> Path:

@@ -10,8 +10,10 @@ import typer
 from mlx_llama3v.cli import show
 from mlx_llama3v.cli.options import MaxSlices, Offline, tiling
 from mlx_llama3v.config import TilingConfig
+from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.weights.convert import ConvertReport, QuantConfig
 from mlx_llama3v.weights.convert import convert as convert_checkpoints
+from mlx_llama3v.weights.vlm import Plan, convert_vlm, plan_vlm
 
 
 def register(app: typer.Typer) -> None:
@@ -19,24 +21,56 @@ def register(app: typer.Typer) -> None:
 
 
 def convert(
-    vision: Annotated[str, typer.Option("--vision", help="SigLIP: directory or Hub id.", show_default=False)],
-    llm: Annotated[str, typer.Option("--llm", help="Llama-3, 3.1 or 3.2: directory or Hub id.", show_default=False)],
+    vision: Annotated[
+        str | None, typer.Option("--vision", help="SigLIP: directory or Hub id.", show_default=False)
+    ] = None,
+    llm: Annotated[
+        str | None, typer.Option("--llm", help="Llama-3, 3.1 or 3.2: directory or Hub id.", show_default=False)
+    ] = None,
+    hf_path: Annotated[
+        str | None,
+        typer.Option(
+            "--hf-path", help="A finished SigLIP + Llama-3 model instead: directory or Hub id.", show_default=False
+        ),
+    ] = None,
     mlx_path: Annotated[Path, typer.Option("--mlx-path", help="Model directory to write.")] = Path("mlx_model"),
     projector: Annotated[str, typer.Option("--projector", help="attention, linear or mlp.")] = "attention",
     quantize: Annotated[bool, typer.Option("-q", "--quantize", help="Quantize the decoder.")] = False,
     q_bits: Annotated[int, typer.Option("--q-bits", help="Bits per weight.")] = 4,
-    q_group_size: Annotated[int, typer.Option("--q-group-size", help="Weights that share a scale.")] = 64,
+    q_group_size: Annotated[
+        int | None, typer.Option("--q-group-size", help="Weights that share a scale; default 64, mxfp4: 32.", show_default=False)
+    ] = None,
+    q_mode: Annotated[str, typer.Option("--q-mode", help="affine or mxfp4.")] = "affine",
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; default: as stored.")
     ] = None,
     max_slices: MaxSlices = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the fresh projector.")] = 0,
+    prompt_layout: Annotated[
+        str | None,
+        typer.Option("--prompt-layout", help="With --hf-path: another prompt than the checkpoint's.", show_default=False),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --hf-path: show family, names and sizes; write nothing.")
+    ] = False,
     offline: Offline = False,
 ) -> None:
-    """Join a SigLIP and a Llama-3 checkpoint in a model directory with a fresh projector.
+    """Join a SigLIP and a Llama-3 checkpoint in a model directory with a fresh projector, or convert a finished model.
 
-    Example: `llama3v-mlx convert --vision google/siglip-so400m-patch14-384 --llm meta-llama/Llama-3.2-1B-Instruct -q`
+    Example: `llama3v-mlx convert --vision google/siglip-so400m-patch14-384 --llm meta-llama/Llama-3.2-1B-Instruct -q`,
+    or `llama3v-mlx convert --hf-path TIGER-Lab/Mantis-8B-siglip-llama3 -q`
     """
+    group = q_group_size or (32 if q_mode == "mxfp4" else 64)
+    quant = QuantConfig(q_bits, group, q_mode) if quantize else None
+    if hf_path is not None:
+        if vision is not None or llm is not None:
+            raise CheckpointError("--hf-path is a whole model; leave --vision and --llm out.")
+        _finished(hf_path, mlx_path, quant, dtype, prompt_layout, offline, dry_run)
+        return
+    if vision is None or llm is None:
+        raise CheckpointError("expected --vision and --llm, or --hf-path for a finished model.")
+    if dry_run or prompt_layout:
+        raise CheckpointError("--dry-run and --prompt-layout go with --hf-path only.")
     with show.bar("convert", "MB") as bar:
         report = convert_checkpoints(
             vision,
@@ -44,13 +78,63 @@ def convert(
             mlx_path,
             projector=projector,
             tiling=tiling(TilingConfig(), max_slices),
-            quantize=QuantConfig(q_bits, q_group_size) if quantize else None,
+            quantize=quant,
             dtype=dtype,
             seed=seed,
             offline=offline,
             progress=lambda done, total: bar.update(done // 10**6, total // 10**6),
         )
     print_report(report)
+
+
+def _finished(
+    hf_path: str,
+    mlx_path: Path,
+    quant: QuantConfig | None,
+    dtype: str | None,
+    prompt_layout: str | None,
+    offline: bool,
+    dry_run: bool,
+) -> None:
+    """Convert a finished model, or say what that would do."""
+    if dry_run:
+        print_plan(plan_vlm(hf_path, quantize=quant, dtype=dtype, prompt_layout=prompt_layout, offline=offline))
+        return
+    with show.bar("convert", "MB") as bar:
+        report = convert_vlm(
+            hf_path,
+            mlx_path,
+            quantize=quant,
+            dtype=dtype,
+            prompt_layout=prompt_layout,
+            offline=offline,
+            progress=lambda done, total: bar.update(done // 10**6, total // 10**6),
+        )
+    show.out.print(f"{report.config.sources['family']}, prompt layout {report.config.prompt_layout.name}.")
+    print_report(report)
+
+
+def print_plan(plan: Plan) -> None:
+    """Family, every rename, what is left over or missing, and sizes."""
+    show.table("tensors", ["theirs", "ours"], [[a, b] for a, b in plan.renamed.names.items()])
+    for title, names in (
+        ("not used", plan.renamed.skipped),
+        ("left over", plan.renamed.unknown),
+        ("problem", plan.problems),
+    ):
+        for name in names:
+            show.out.print(f"{title}: {name}")
+    config = plan.config
+    show.out.print(
+        f"Family: {plan.family.name} ({plan.family.title}); prompt layout {config.prompt_layout.name}; "
+        f"projector {config.projector_config.kind}; feature layer {config.vision_feature_layer}."
+    )
+    fits = "fits" if not plan.problems and not plan.renamed.unknown else "does not fit"
+    show.out.print(
+        f"{len(plan.renamed.names)} tensors renamed, {len(plan.renamed.skipped)} not used, "
+        f"{len(plan.renamed.unknown)} left over, {len(plan.problems)} problems: it {fits}; "
+        f"{show.size(plan.bytes_before)} before, {show.size(plan.bytes_after)} after. Nothing was written."
+    )
 
 
 def print_report(report: ConvertReport) -> None:

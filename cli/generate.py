@@ -1,27 +1,48 @@
-"""`llama3v-mlx generate`: one answer on stdout."""
+"""`llama3v-mlx generate`: one answer on stdout, or a file of questions in batches."""
 
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
 from mlx_llama3v.cli import show
-from mlx_llama3v.cli.options import Config, MaxSlices, Model, Offline, Run, open_session, settings_options
-from mlx_llama3v.inference import Answer, Sampling
+from mlx_llama3v.cli.options import (
+    Config,
+    MaxSlices,
+    Model,
+    Offline,
+    Run,
+    open_session,
+    settings_options,
+    split_settings,
+)
+from mlx_llama3v.errors import DataError
+from mlx_llama3v.inference import Answer, Memory, Picture, Sampling, Session
+from mlx_llama3v.inference.jobs import Result, answer_jobs, answered, read_jobs, write_results
 
 
 def register(app: typer.Typer) -> None:
     app.command()(generate)
 
 
+@settings_options(Memory)
 @settings_options(Sampling)
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option("--prompt", help="The question; `-` reads it from stdin.")],
-    image: Annotated[list[Path] | None, typer.Option("--image", help="Picture; repeat for more.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="The question; `-` reads it from stdin.")] = None,
+    image: Annotated[list[str] | None, typer.Option("--image", help="Picture; repeat for more; `-`: stdin.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help='JSONL of {"prompt", "image" or "images", "id"}; `-`: stdin.')
+    ] = None,
+    output: Annotated[str, typer.Option("--output", help="JSONL of answers to `--prompts`; `-`: stdout.")] = "-",
+    image_folder: Annotated[
+        Path | None, typer.Option("--image-folder", help="Where pictures of `--prompts` lie [default: beside it].")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Questions answered side by side.")] = 8,
     run: Run = None,
     system_prompt: Annotated[str | None, typer.Option("--system-prompt", help="System text.")] = None,
     max_slices: MaxSlices = None,
@@ -29,32 +50,84 @@ def generate(
     verbose: Annotated[bool, typer.Option("--verbose", help="Print token counts and rates on stderr.")] = False,
     offline: Offline = False,
     config: Config = None,
-    **sampling: Any,
+    **settings: Any,
 ) -> None:
-    """Answer one question about any number of pictures.
+    """Answer one question about any number of pictures, or a file of questions.
 
     Example: `llama3v-mlx generate --model my-model --image sign.jpg --prompt "What does the sign say?"`
+
+    Example: `llama3v-mlx generate --model my-model --prompts questions.jsonl --output answers.jsonl` (run it again
+    to go on where it was interrupted)
     """
+    if (prompt is None) == (prompts is None):
+        raise DataError("give either --prompt TEXT or --prompts FILE.jsonl.")
+    if [prompt, prompts, *(image or [])].count("-") > 1:
+        raise DataError("stdin (-) can be only one of --prompt, --prompts and --image.")
+    if prompts is not None and image:
+        raise DataError("--image goes with --prompt; with --prompts each line names its own pictures.")
+    sampling, memory = split_settings(settings, Sampling, Memory)
+    if prompts is not None:
+        if memory.kv_bits:
+            raise DataError("--kv-bits goes with --prompt; batches keep their keys and values whole.")
+        session = open_session(model, run, system_prompt, max_slices, offline, memory)
+        _many(session, prompts, output, image_folder, sampling, batch_size)
+        return
     text = sys.stdin.read() if prompt == "-" else prompt
-    session = open_session(model, run, system_prompt, max_slices, offline)
+    images: list[Picture] = [sys.stdin.buffer.read() if name == "-" else name for name in image or []]
+    session = open_session(model, run, system_prompt, max_slices, offline, memory)
+    _one(session, str(text), images, sampling, json, verbose)
+
+
+def _one(session: Session, text: str, images: list[Picture], sampling: Sampling, json: bool, verbose: bool) -> None:
     answer: Answer | None = None
-    for piece in session.ask(text, image or [], Sampling(**sampling)):
+    for piece in session.ask(text, images, sampling):
         answer = piece.answer or answer
         if not json:
             sys.stdout.write(piece.text)
             sys.stdout.flush()
     assert answer is not None  # the last piece carries it
     if json:
-        show.as_json(
-            {
-                "text": answer.text,
-                "tokens": list(answer.tokens),
-                "finish_reason": answer.finish_reason,
-                "prompt_tokens": answer.prompt_tokens,
-                "timings": vars(answer.timings),
-            }
-        )
+        show.as_json(show.answer_json(answer))
     else:
         sys.stdout.write("\n")
+    if answer.finish_reason == "repetition" and not verbose:
+        show.err.print("The answer began to repeat itself and was ended (--loop-guard).")
     if verbose:
         show.err.print(show.answer_stats(answer))
+
+
+def _many(
+    session: Session, prompts: str, output: str, image_folder: Path | None, sampling: Sampling, batch_size: int
+) -> None:
+    if prompts == "-":
+        jobs = read_jobs(sys.stdin, "stdin", image_folder or Path())
+    else:
+        path = Path(prompts)
+        if not path.is_file():
+            raise DataError(f"{path} is missing; expected a JSONL file of questions.")
+        lines = path.read_text(encoding="utf-8").splitlines()
+        jobs = read_jobs(lines, str(path), image_folder or path.parent)
+    there = answered(Path(output)) if output != "-" else set()
+    left = [job for job in jobs if job.id not in there]
+    done = 0
+    with ExitStack() as stack:
+        out: TextIO = sys.stdout
+        if output != "-":
+            out = stack.enter_context(Path(output).open("a", encoding="utf-8"))
+        bar = stack.enter_context(show.bar("Answering", "answers"))
+        bar.update(0, len(left))
+
+        def tell(result: Result) -> None:
+            nonlocal done
+            done += 1
+            if result.error:
+                show.err.print(f"{result.job.id}: {result.error}")
+            bar.update(done, len(left))
+
+        found, failed = write_results(answer_jobs(session, left, sampling, batch_size), out, tell)
+    say = show.err if output == "-" else show.out
+    where = "stdout" if output == "-" else output
+    already = f", {len(jobs) - len(left)} were there" if there else ""
+    say.print(f"{found} answered, {failed} failed{already}. Answers: {where}")
+    if failed:
+        raise typer.Exit(1)

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mlx_llama3v.inference import Answer
+from mlx_llama3v.platform import peak_memory
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -63,15 +64,23 @@ def as_json(values: Any) -> None:
 
 
 def answer_stats(answer: Answer) -> str:
-    """Token counts, rates and times of an answer, on one line."""
+    """Pictures, token counts, rates, times and memory of an answer, on one line."""
     times, count = answer.timings, len(answer.tokens)
     prefill = answer.prompt_tokens / times.prefill if times.prefill else 0.0
     decode = count / times.decode if times.decode else 0.0
     return (
+        f"{answer.slices} slices, {answer.visual_tokens} visual tokens, "
         f"{answer.prompt_tokens} prompt tokens ({prefill:,.0f}/s), {answer.cached_tokens} reused, "
         f"{count} answer tokens ({decode:,.1f}/s), pictures {duration(times.encode)}, "
-        f"first token after {duration(times.encode + times.prefill)}, ended by {answer.finish_reason}"
+        f"first token after {times.first_token:.3f} s, peak memory {size(peak_memory())}, "
+        f"ended by {answer.finish_reason}"
     )
+
+
+def answer_json(answer: Answer) -> dict[str, Any]:
+    """Text, tokens and timings, JSON-ready."""
+    values = {**vars(answer), "tokens": list(answer.tokens)}
+    return {**values, "timings": {**vars(answer.timings), "first_token": answer.timings.first_token}}
 
 
 def size(count: float) -> str:

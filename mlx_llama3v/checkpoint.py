@@ -123,6 +123,7 @@ def read_model(directory: str | Path) -> Llama3V:
             model,
             bits=config.quantization["bits"],
             group_size=config.quantization["group_size"],
+            mode=config.quantization.get("mode", "affine"),
             stored=weights,
         )
     load_into(model, weights, directory)
@@ -335,6 +336,16 @@ def check_output(directory: str | Path) -> Path:
     if foreign:
         raise CheckpointError(f"{path} also holds {', '.join(foreign)}; move that away, it would be overwritten.")
     return path
+
+
+@contextmanager
+def write_directory(directory: str | Path) -> Iterator[Path]:
+    """As `replacing`, for what is not a model directory: `directory` must be absent or empty."""
+    path = Path(directory).expanduser().resolve()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CheckpointError(f"{path} exists; expected a new or empty directory to write to.")
+    with replacing(path) as partial:
+        yield partial
 
 
 @contextmanager

@@ -38,7 +38,7 @@ with _file_limit_only_raised():
     from mlx_lm.models.cache import BatchKVCache, KVCache, trim_prompt_cache
     from mlx_lm.models.llama import Model as LlamaModel
     from mlx_lm.models.llama import ModelArgs as LlamaArgs
-    from mlx_lm.sample_utils import make_logits_processors, make_sampler
+    from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
     from mlx_lm.tuner.dora import DoRALinear
     from mlx_lm.tuner.lora import LoRALinear
     from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -51,10 +51,12 @@ __all__ = [
     "LlamaArgs",
     "LlamaModel",
     "LoRALinear",
+    "apply_min_p",
+    "apply_top_k",
+    "apply_top_p",
     "generate_step",
     "linear_to_lora_layers",
     "make_logits_processors",
-    "make_sampler",
     "quantize_model",
     "trim_prompt_cache",
 ]

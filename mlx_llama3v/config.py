@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.layout import LAYOUTS, PromptLayout, named_layout
 
 # The markers of the joint sequence (DESIGN 6), in the order of the projector's `markers` rows.
 MARKERS = ("<image>", "</image>", "<text>", "</text>", "<slices>", "</slices>", "<col>", "<row>")
@@ -124,7 +125,7 @@ class Encoded(NamedTuple):
 class ProjectorConfig:
     """From patch embeddings to the decoder's width; see projector.py."""
 
-    kind: str = "attention"  # attention | linear | mlp; "stored": a store that holds the projector's output
+    kind: str = "attention"  # attention | linear | mlp | resampler | downsample; "stored": a store of its output
     in_dim: int = 1152
     out_dim: int = 4096
     hidden_dim: int = 1152  # width of the two self-attention blocks; the mlp's hidden width is out_dim
@@ -132,12 +133,18 @@ class ProjectorConfig:
     num_layers: int = 2
     pool: int = 3  # spatial average pooling of the attention projector; 1 for linear and mlp
     layer_norm_eps: float = 1e-6
+    skip: int = 0  # patches left out at a slice's start (linear and mlp; LLaVA's select strategy "default")
+    queries: int = 0  # of the resampler: its visual tokens a slice
 
     def num_tokens(self, grid: Grid) -> int:
         """Visual tokens of one slice of `grid` patches: it follows from the shape alone."""
         h, w = grid
+        if self.kind == "resampler":
+            return self.queries
+        if self.kind == "downsample":
+            return -(-h // 2) * -(-w // 2)
         if self.kind != "attention":
-            return h * w
+            return h * w - self.skip
         return -(-h // self.pool) * -(-w // self.pool)
 
 
@@ -155,7 +162,9 @@ class ModelConfig:
     marker_ids: tuple[int, ...] = ()  # ids that stand for MARKERS in a sequence; their vectors are projector rows
     eos_token_ids: tuple[int, ...] = ()
     siglip_text_config: SiglipTextConfig | None = None  # present where the text tower was kept (for classify)
-    prompt_layout: str = "llama3v"
+    vision_feature_norm: bool = False  # the features are taken after `post_layernorm` (MiniCPM-V)
+    vision_mode: str = "native"  # how the tower is run: native | strip (MiniCPM-V 2.5) | s2 (Bunny 1.1)
+    prompt_layout: PromptLayout = LAYOUTS["llama3v"]
     quantization: dict[str, Any] | None = None
     sources: dict[str, str] = field(default_factory=dict)  # what it was converted from
     model_type: str = "llama3v"
@@ -191,7 +200,10 @@ class ModelConfig:
             "tiling": TilingConfig,
             "image": ImageConfig,
             "siglip_text_config": SiglipTextConfig,
+            "prompt_layout": PromptLayout,
         }
+        if isinstance(parts.get("prompt_layout"), str):
+            parts["prompt_layout"] = asdict(named_layout(parts["prompt_layout"]))
         for key, part in nested.items():
             if key in parts:
                 parts[key] = part(**_tuples(strict(part, parts[key], f"{where}: {key}")))

@@ -92,7 +92,12 @@ class Llama3V(nn.Module):
 
 
 def quantize_decoder(
-    model: Llama3V, *, bits: int = 4, group_size: int = 64, stored: Container[str] | None = None
+    model: Llama3V,
+    *,
+    bits: int = 4,
+    group_size: int = 64,
+    mode: str = "affine",
+    stored: Container[str] | None = None,
 ) -> dict[str, Any]:
     """Quantize the decoder's linear layers and embedding in place; the projector stays float32.
 
@@ -105,5 +110,5 @@ def quantize_decoder(
             return False
         return module.weight.shape[-1] % group_size == 0 and (stored is None or f"{path}.scales" in stored)
 
-    nn.quantize(model, group_size, bits, class_predicate=wanted)
-    return {"group_size": group_size, "bits": bits, "mode": "affine"}
+    nn.quantize(model, group_size, bits, mode=mode, class_predicate=wanted)
+    return {"group_size": group_size, "bits": bits, "mode": mode}

@@ -18,7 +18,6 @@ from mlx_llama3v.projector import Projector, pack
 from mlx_llama3v.tensors import digest, parameters
 from mlx_llama3v.vision.pool import pool_picture, pooled_layout
 
-
 _KINDS = ("attention", "linear", "mlp")  # one visual token a patch, or one a square of patches
 
 

@@ -18,8 +18,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_llama3v.config import MARKERS, Encoded, ProjectorConfig
+from mlx_llama3v.config import MARKERS, Encoded, ProjectorConfig, SliceLayout
 from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.resampler import Downsample, Resampler
 from mlx_llama3v.text.prompt import FIRST_VISUAL
 
 
@@ -107,9 +108,10 @@ class LinearProjector(nn.Module):
     def __init__(self, config: ProjectorConfig) -> None:
         super().__init__()
         self.linear = Linear(config.in_dim, config.out_dim)
+        self._skip = config.skip
 
     def __call__(self, patches: mx.array, grid: mx.array, num_tokens: int) -> mx.array:
-        return self.linear(patches[:, :num_tokens])
+        return self.linear(patches[:, self._skip : self._skip + num_tokens])
 
 
 class MLPProjector(nn.Module):
@@ -119,12 +121,19 @@ class MLPProjector(nn.Module):
         super().__init__()
         self.linear_1 = Linear(config.in_dim, config.out_dim)
         self.linear_2 = Linear(config.out_dim, config.out_dim)
+        self._skip = config.skip
 
     def __call__(self, patches: mx.array, grid: mx.array, num_tokens: int) -> mx.array:
-        return self.linear_2(nn.gelu(self.linear_1(patches[:, :num_tokens])))
+        return self.linear_2(nn.gelu(self.linear_1(patches[:, self._skip : self._skip + num_tokens])))
 
 
-_KINDS = {"attention": AttentionProjector, "linear": LinearProjector, "mlp": MLPProjector}
+_KINDS = {
+    "attention": AttentionProjector,
+    "linear": LinearProjector,
+    "mlp": MLPProjector,
+    "resampler": Resampler,
+    "downsample": Downsample,
+}
 
 
 class Projector(nn.Module):
@@ -177,13 +186,21 @@ def average(x: mx.array, window: mx.array, valid: mx.array, num_tokens: int) -> 
     return (weights @ x) / mx.maximum(weights.sum(-1, keepdims=True), 1)
 
 
+class Places(NamedTuple):
+    """Where the slices of a batch of rows, one after the other, put their visual tokens."""
+
+    grid: np.ndarray  # int32 [S, 2]
+    num_tokens: int  # room that each slice has
+    tables: list[np.ndarray]  # one a row: where its k-th visual token lies in the flat [S * num_tokens]
+
+
 class Slices(NamedTuple):
     """The slices of a batch of rows, as the projector takes them (see `pack`)."""
 
     patches: np.ndarray  # float32 [S, P, D_v], zero padded
     grid: np.ndarray  # int32 [S, 2]
     num_tokens: int
-    tables: list[np.ndarray]  # one a row: where its k-th visual token lies in the flat [S * num_tokens]
+    tables: list[np.ndarray]  # see Places
 
     def place(self, row: int, source: np.ndarray) -> np.ndarray:
         """`Rendered.source` of batch row `row` -> what `Llama3V.embed` takes: the batch's visual tokens."""
@@ -195,25 +212,37 @@ class Slices(NamedTuple):
 
 def pack(rows: Sequence[Sequence[Encoded]], config: ProjectorConfig) -> Slices | None:
     """Put the pictures of every row into one padded batch of slices; None where no row has a picture."""
-    slices = [_split(picture) for pictures in rows for picture in pictures]
-    flat = [item for parts in slices for item in parts]
-    if not flat:
+    pictures = [picture for row in rows for picture in row]
+    if not pictures:
         return None
-    counts = [config.num_tokens(grid) for grid, _ in flat]
+    found = places([[picture.layout for picture in row] for row in rows], config)
+    layouts = [picture.layout for picture in pictures]
+    longest = int(found.grid.prod(1).max())
+    values = [picture.patches.astype(np.float32, copy=False) for picture in pictures]
+    return Slices(pad_slices(values, layouts, len(found.grid), longest), *found)
+
+
+def places(rows: Sequence[Sequence[SliceLayout]], config: ProjectorConfig) -> Places:
+    """Where the pictures of every row put their visual tokens; there is at least one picture."""
+    grids = [grid for layouts in rows for layout in layouts for grid in layout.grids]
+    counts = [config.num_tokens(grid) for grid in grids]
     num_tokens = max(counts)
-    patches = np.zeros((len(flat), max(len(part) for _, part in flat), config.in_dim), np.float32)
-    for row, (_, part) in zip(patches, flat, strict=True):
-        row[: len(part)] = part
     tables, first = [], 0
-    for pictures in rows:
-        last = first + sum(len(picture.layout.grids) for picture in pictures)
+    for layouts in rows:
+        last = first + sum(len(layout.grids) for layout in layouts)
         spans = [np.arange(counts[s]) + s * num_tokens for s in range(first, last)]
         tables.append(np.concatenate([np.zeros(0, np.int64), *spans]).astype(np.int32))
         first = last
-    return Slices(patches, np.array([grid for grid, _ in flat], np.int32), num_tokens, tables)
+    return Places(np.array(grids, np.int32), num_tokens, tables)
 
 
-def _split(picture: Encoded) -> list[tuple[tuple[int, int], np.ndarray]]:
-    """(grid, patches) of each slice."""
-    ends = np.cumsum([h * w for h, w in picture.layout.grids])
-    return list(zip(picture.layout.grids, np.split(picture.patches, ends[:-1]), strict=True))
+def pad_slices(values: Sequence[np.ndarray], layouts: Sequence[SliceLayout], S: int, P: int) -> np.ndarray:
+    """Rows of pictures, slice after slice ([layout.patches, C] each) -> [S, P, C], zero padded, of their own dtype."""
+    padded = np.zeros((S, P, *values[0].shape[1:]), values[0].dtype)
+    s = 0
+    for rows, layout in zip(values, layouts, strict=True):
+        start = 0
+        for h, w in layout.grids:
+            padded[s, : h * w] = rows[start : start + h * w]
+            s, start = s + 1, start + h * w
+    return padded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +16,7 @@ from mlx_llama3v.config import Encoded, ModelConfig, ProjectorConfig, SliceLayou
 from mlx_llama3v.data.batches import Batch, Row, build_rows, collate, order, padded
 from mlx_llama3v.data.records import Record
 from mlx_llama3v.embeddings.store import Store
+from mlx_llama3v.embeddings.tools import merge
 from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.errors import StoreError
 from mlx_llama3v.projector import pack
@@ -259,3 +261,26 @@ def test_the_order_follows_seed_and_epoch_and_buckets_by_length() -> None:
     middles = [float(np.median([lengths[i] for i in batch])) for batch in first]
     assert abs(np.corrcoef(middles, range(len(middles)))[0, 1]) < 0.2  # not from short to long
     assert {frozenset(batch) for batch in first} != {frozenset(batch) for batch in other_epoch}
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4"])
+def test_codes_become_embeddings_on_the_device(codec: str, tmp_path: Path) -> None:
+    """Pictures of two shards, each with channels of its own, in one batch."""
+    for part, scale in (("a", 1.0), ("b", 9.0)):
+        with StoreWriter(tmp_path / part, {}, codec) as writer:
+            for seed, (name, layout) in enumerate(LAYOUTS.items()):
+                values = scale * np.random.default_rng(seed).standard_normal((layout.patches, D_VISION))
+                sha = hashlib.sha256((part + name).encode()).hexdigest()
+                writer.add(part + name, sha, Encoded(layout, values.astype(np.float32)))
+    merge([tmp_path / "a", tmp_path / "b"], tmp_path / "both")
+    both = Store(tmp_path / "both")
+    names = [part + name for name in LAYOUTS for part in "ab"]
+    batch = collate(rows_of(both, chat("all", *names)), both, CONFIG)
+    patches, grid = array(batch.patches), array(batch.grid)
+    number = 0
+    for name in names:
+        layout, stored = both.read(name)
+        for wanted in np.split(stored, np.cumsum([h * w for h, w in layout.grids])[:-1]):
+            assert len(wanted) == grid[number].prod()
+            np.testing.assert_allclose(patches[number, : len(wanted)], wanted, rtol=1e-3, atol=1e-3)
+            number += 1

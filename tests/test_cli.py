@@ -345,3 +345,18 @@ def test_demo_in_miniature(cli: Cli, tmp_path: Path) -> None:
 def test_doctor(cli: Cli) -> None:
     assert {"device", "blas", "mlx", "advice"} <= json.loads(cli("doctor", "--json").out).keys()
     assert "product rate" in cli("doctor").out
+
+
+# --- convert --hf-path
+
+
+def test_convert_finished_model(cli: Cli, tmp_path: Path) -> None:
+    from tests.hf_llava import make_llava
+
+    source = make_llava(tmp_path / "hf")
+    outcome = cli("convert", "--hf-path", source, "--dry-run", "--mlx-path", tmp_path / "m")
+    assert "Family: hf-llava" in outcome.out and not (tmp_path / "m").exists()
+    cli("convert", "--hf-path", source, "--mlx-path", tmp_path / "m")
+    assert (tmp_path / "m" / "config.json").is_file()
+    refused(cli("convert", "--hf-path", source, "--vision", source, "--mlx-path", tmp_path / "n"), "--hf-path")
+    refused(cli("convert", "--mlx-path", tmp_path / "n"), "--hf-path")

@@ -14,18 +14,19 @@ PACKAGE = "mlx_llama3v"
 
 # Left may not import right; names in one group may import each other unless they are set APART.
 ORDER = (
-    ("errors", "version", "platform", "config"),
+    ("errors", "version", "platform", "layout", "config"),
     ("tensors",),
     ("vision", "text"),
     ("embeddings",),
     ("compat",),
-    ("projector",),
+    ("projector", "resampler"),
     ("projected",),
     ("model",),
     ("checkpoint",),
     ("data", "score", "encoder"),
     ("train", "inference"),
     ("ahead",),
+    ("server",),
     ("stages",),
     ("weights",),
     ("demo",),

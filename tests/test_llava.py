@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mlx_llama3v.data.llava import folder_images, image_paths, read_records
 from mlx_llama3v.data.records import Record, RecordFile
+from mlx_llama3v.data.sources import Refused
 from mlx_llama3v.errors import DataError
 from mlx_llama3v.text.prompt import Message
 from tests.kit import KIT, needs_kit
@@ -298,7 +299,7 @@ def test_where_pictures_are_looked_up(tmp_path: Path) -> None:
         "both.png",
     ]
     file = read(home / "rows.json", [llava("x", "y", image=name) for name in names])
-    assert image_paths(file, folder) == {
+    everywhere = {
         "both.png": folder / "both.png",
         "near.png": home / "near.png",
         "up.png": tmp_path / "up.png",
@@ -307,6 +308,12 @@ def test_where_pictures_are_looked_up(tmp_path: Path) -> None:
         "nul\0": folder / "nul\0",
         str(home / "near.png"): home / "near.png",
     }
+    assert image_paths(file, folder, allow_outside=True) == everywhere
+    alone = image_paths(file, folder)
+    absolute = alone.pop(str(home / "near.png"))
+    assert isinstance(absolute, Refused) and "--allow-outside" in absolute.reason
+    assert alone["near.png"] == folder / "near.png"  # nowhere: the folder that was given is the only one
+    assert {name for name in alone if alone[name] != everywhere[name]} == {"near.png", "up.png"}
     assert image_paths(file)["both.png"] == home / "both.png"
 
 

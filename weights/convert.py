@@ -32,12 +32,21 @@ from mlx_llama3v.weights.siglip import SiglipSource, read_siglip
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """Affine group quantization of the decoder (`-q`); tower and projector keep their precision."""
+    """Group quantization of the decoder (`-q`); tower and projector keep their precision."""
 
     bits: int = 4
     group_size: int = 64
+    mode: str = "affine"  # affine, or mxfp4: 4-bit floats in groups of 32 with a shared exponent
 
     def __post_init__(self) -> None:
+        if self.mode == "mxfp4":
+            if (self.bits, self.group_size) != (4, 32):
+                raise CheckpointError(
+                    f"mxfp4 has 4 bits in groups of 32; {self.bits} bits in groups of {self.group_size} were asked for."
+                )
+            return
+        if self.mode != "affine":
+            raise CheckpointError(f"quantization mode is {self.mode!r}; expected affine or mxfp4.")
         if self.bits not in (2, 3, 4, 5, 6, 8) or self.group_size not in (32, 64, 128):
             raise CheckpointError(
                 f"cannot quantize to {self.bits} bits in groups of {self.group_size}; "
@@ -106,13 +115,13 @@ def convert(
         marker_ids=_marker_ids(llama),
         eos_token_ids=llama.eos_token_ids,
         siglip_text_config=siglip.text,
-        quantization={**asdict(quantize), "mode": "affine"} if quantize else llama.quantization,
-        sources={"vision": _source(vision), "llm": _source(llm)},
+        quantization=asdict(quantize) if quantize else llama.quantization,
+        sources={"vision": source_name(vision), "llm": source_name(llm)},
     )
     weights, layers = _weights(config, siglip, llama, quantize, dtype, seed)
-    report = _report(target, config, weights, layers)
+    report = report_of(target, config, weights, layers)
     total = sum(report.bytes.values())
-    _check_space(target, total)
+    check_space(target, total)
     save_model(
         target,
         config,
@@ -153,7 +162,7 @@ def _marker_ids(llama: LlamaSource) -> tuple[int, ...]:
     return tokens.marker_ids
 
 
-def _source(path_or_repo: str | Path) -> str:
+def source_name(path_or_repo: str | Path) -> str:
     """A Hub id as it is; of a local path the last part only, since model directories are shared."""
     path = Path(path_or_repo).expanduser()
     return path.resolve().name if path.exists() else str(path_or_repo)
@@ -190,16 +199,16 @@ def _weights(
         decoder.set_dtype(wanted)
         # logit_scale and logit_bias are two numbers; rounding them would buy nothing.
         tower = {name: v if name.startswith("logit_") else v.astype(wanted) for name, v in tower.items()}
-    layers = _quantize(model, quantize) if quantize else ()
+    layers = quantize_model(model, quantize) if quantize else ()
     siglip.weights.clear()
     llama.weights.clear()
     return {**tower, **parameters(model)}, layers
 
 
-def _quantize(model: Llama3V, quantize: QuantConfig) -> tuple[LayerReport, ...]:
+def quantize_model(model: Llama3V, quantize: QuantConfig) -> tuple[LayerReport, ...]:
     """Quantize the decoder in place. Raises CheckpointError where no layer can be."""
     names = [name for name, module in model.named_modules() if hasattr(module, "to_quantized")]
-    quantize_decoder(model, bits=quantize.bits, group_size=quantize.group_size)
+    quantize_decoder(model, bits=quantize.bits, group_size=quantize.group_size, mode=quantize.mode)
     modules = dict(model.named_modules())
     layers = []
     for name in sorted(name for name in names if name.startswith(llama_files.PREFIX)):
@@ -213,7 +222,7 @@ def _quantize(model: Llama3V, quantize: QuantConfig) -> tuple[LayerReport, ...]:
     return tuple(layers)
 
 
-def _report(
+def report_of(
     target: Path, config: ModelConfig, weights: dict[str, mx.array], layers: tuple[LayerReport, ...]
 ) -> ConvertReport:
     """Sizes by part; of a model directory every tensor belongs to one."""
@@ -238,7 +247,7 @@ def measure(
     return counts, sizes
 
 
-def _check_space(target: Path, total: int) -> None:
+def check_space(target: Path, total: int) -> None:
     """Stop before the disk is full, not after an hour."""
     parent = next(path for path in target.parents if path.exists())
     free = shutil.disk_usage(parent).free
@@ -254,22 +263,28 @@ def drain(weights: dict[str, mx.array]) -> Iterator[tuple[str, mx.array]]:
 
 def _files(report: ConvertReport, siglip: SiglipSource, llama: LlamaSource) -> dict[str, Path | str]:
     """Everything beside weights and config.json: copies, and texts made here."""
-    files: dict[str, Path | str] = dict(_matching(llama.directory, llama_files.FILES))
-    files.update({f"siglip/{name}": path for name, path in _matching(siglip.directory, siglip_files.FILES)})
-    side = report.config.vision_config.image_size
-    pixels = {
-        "image_processor_type": "SiglipImageProcessor",
-        "size": {"height": side, "width": side},
-        "resample": siglip.image.resample,
-        "rescale_factor": siglip.image.rescale_factor,
-        "image_mean": siglip.image.image_mean,
-        "image_std": siglip.image.image_std,
-    }
-    files["preprocessor_config.json"] = json.dumps(pixels, indent=2, sort_keys=True) + "\n"
+    files: dict[str, Path | str] = dict(matching(llama.directory, llama_files.FILES))
+    files.update({f"siglip/{name}": path for name, path in matching(siglip.directory, siglip_files.FILES)})
+    files["preprocessor_config.json"] = pixels_file(report.config)
     files["README.md"] = model_card(report.config, sum(report.parameters.values()))
     return files
 
 
-def _matching(directory: Path, patterns: Iterable[str]) -> list[tuple[str, Path]]:
+def pixels_file(config: ModelConfig) -> str:
+    """preprocessor_config.json of a model directory."""
+    side, image = config.vision_config.image_size, config.image
+    pixels = {
+        "image_processor_type": "SiglipImageProcessor",
+        "size": {"height": side, "width": side},
+        "resample": image.resample,
+        "rescale_factor": image.rescale_factor,
+        "image_mean": image.image_mean,
+        "image_std": image.image_std,
+    }
+    return json.dumps(pixels, indent=2, sort_keys=True) + "\n"
+
+
+def matching(directory: Path, patterns: Iterable[str]) -> list[tuple[str, Path]]:
+    """(name, path) of the files of a directory that match one of `patterns`."""
     found = (path for path in sorted(directory.iterdir()) if path.is_file())
     return [(path.name, path) for path in found if any(fnmatch(path.name, pattern) for pattern in patterns)]

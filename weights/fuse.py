@@ -27,7 +27,7 @@ def fuse(model_dir: str | Path, run_dir: str | Path, out_dir: str | Path, *, sha
     model = read_model(source)
     load_run(model, run_dir)
     decoder = model.language_model
-    merged = [(name, _merge(module)) for name, module in decoder.named_modules() if hasattr(module, "fuse")]
+    merged = [(name, merge(module)) for name, module in decoder.named_modules() if hasattr(module, "fuse")]
     decoder.update_modules(tree_unflatten(merged))
     sources = {**model.config.sources, "run": Path(run_dir).expanduser().resolve().name}
     config = replace(model.config, sources=sources, patch_pool=run_pool(run_dir) or model.config.patch_pool)
@@ -44,7 +44,7 @@ def fuse(model_dir: str | Path, run_dir: str | Path, out_dir: str | Path, *, sha
     return target
 
 
-def _merge(adapted: nn.Module) -> nn.Module:
+def merge(adapted: nn.Module) -> nn.Module:
     """The plain layer that computes what `adapted` does, in the dtype of the layer it wraps."""
     base = adapted["linear"] if "linear" in adapted else adapted["embedding"]
     dtype = (base.scales if "scales" in base else base.weight).dtype

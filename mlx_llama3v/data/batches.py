@@ -14,9 +14,10 @@ import numpy as np
 
 from mlx_llama3v.config import ModelConfig, ProjectorConfig, SliceLayout
 from mlx_llama3v.data.records import Problem, Record
+from mlx_llama3v.embeddings.codec import CHANNEL, Codec
 from mlx_llama3v.embeddings.store import Reader
 from mlx_llama3v.errors import ContextError, DataError, StoreError
-from mlx_llama3v.projector import pack
+from mlx_llama3v.projector import pad_slices, places
 from mlx_llama3v.text.prompt import FIRST_VISUAL, Rendered, render
 from mlx_llama3v.text.tokens import Tokens
 
@@ -41,7 +42,7 @@ class Batch:
     """Rows padded at the end to one shape. Position i predicts token i + 1, and all of this is so aligned.
 
     A padded position or slice is harmless, not masked: the decoder is causal, so nothing real sees a padded
-    position; no `source` points to a padded slice (grid 1 x 1, zeros).
+    position; no `source` points to a padded slice (grid 1 x 1).
     """
 
     ids: mx.array  # int32 [B, L]
@@ -49,11 +50,17 @@ class Batch:
     targets: mx.array  # int32 [B, L]: the id that position i predicts
     supervised: mx.array  # bool [B, L]: whether that id is to be learned
     picks: mx.array  # int32 [N]: flat indices b * L + i of all supervised positions, padded with unsupervised ones
-    patches: mx.array | None  # float32 [S, P, D_v]; None where no row has a picture
+    stored: dict[str, mx.array]  # the codec's parts of all slices [S, P, ...]; empty where no row has a picture
+    codec: Codec
     grid: mx.array | None  # int32 [S, 2]
     num_tokens: int  # visual tokens a slice has room for
     lengths: tuple[int, ...]  # of the rows before padding
     row_ids: tuple[str, ...]
+
+    @property
+    def patches(self) -> mx.array | None:
+        """[S, P, D_v], made from the codes on the device (lazily, by the thread that asks); None without pictures."""
+        return self.codec.decode(self.stored, mx) if self.stored else None
 
     @property
     def padding(self) -> float:
@@ -125,7 +132,7 @@ def collate(rows: Sequence[Row], store: Reader, config: ModelConfig, pad_to: int
     length = padded(max(map(len, rows)), pad_to, steps=8)
     ids, source = np.zeros((2, len(rows), length), np.int32)
     supervised = np.zeros((len(rows), length), np.bool_)
-    patches, grid, num_tokens, tables = _slices(rows, store, config)
+    parts, grid, num_tokens, tables = _slices(rows, store, config)
     for i, row in enumerate(rows):
         rendered, n = row.rendered, len(row)
         ids[i, :n] = rendered.ids
@@ -145,7 +152,8 @@ def collate(rows: Sequence[Row], store: Reader, config: ModelConfig, pad_to: int
         targets=mx.array(targets),
         supervised=mx.array(supervised),
         picks=mx.array(picks.astype(np.int32)),
-        patches=None if patches is None else mx.array(patches),
+        stored={name: mx.array(part) for name, part in parts.items()},
+        codec=store.codec,
         grid=None if grid is None else mx.array(grid),
         num_tokens=num_tokens,
         lengths=tuple(map(len, rows)),
@@ -155,21 +163,29 @@ def collate(rows: Sequence[Row], store: Reader, config: ModelConfig, pad_to: int
 
 def _slices(
     rows: Sequence[Row], store: Reader, config: ModelConfig
-) -> tuple[np.ndarray | None, np.ndarray | None, int, list[np.ndarray]]:
-    """The padded patches and grids of a batch, the room a slice has for its tokens, and one table a row that
-    takes the row's k-th visual token to its entry of the projected [S * num_tokens]."""
-    packed = pack([[store.read(name) for name in row.images] for row in rows], config.projector_config)
-    if packed is None:
-        return None, None, 0, [np.zeros(0, np.int32)] * len(rows)
+) -> tuple[dict[str, np.ndarray], np.ndarray | None, int, list[np.ndarray]]:
+    """The padded codes and grids of a batch, the room a slice has for its tokens, and one table a row that takes the
+    row's k-th visual token to its entry of the projected [S * num_tokens]."""
+    coded = store.read_batch([name for row in rows for name in row.images])
+    if not coded:
+        return {}, None, 0, [np.zeros(0, np.int32)] * len(rows)
+    found = places([row.layouts for row in rows], config.projector_config)
     native = config.vision_config.grid  # whole slices of this shape are what most stores consist of: never pad them
-    S = padded(len(packed.grid))
-    P = padded(packed.patches.shape[1], most=native**2)
-    num_tokens = padded(packed.num_tokens, most=config.projector_config.num_tokens((native, native)))
-    more = S - len(packed.grid)
-    patches = np.pad(packed.patches, ((0, more), (0, P - packed.patches.shape[1]), (0, 0)))
-    grid = np.pad(packed.grid, ((0, more), (0, 0)), constant_values=1)
-    tables = [table // packed.num_tokens * num_tokens + table % packed.num_tokens for table in packed.tables]
-    return patches, grid, num_tokens, tables
+    S = padded(len(found.grid))
+    P = padded(int(found.grid.prod(1).max()), most=native**2)
+    num_tokens = padded(found.num_tokens, most=config.projector_config.num_tokens((native, native)))
+    layouts = [picture.layout for picture in coded]
+    parts = {}
+    for name in coded[0].parts:
+        values = [picture.parts[name] for picture in coded]
+        if name.startswith(CHANNEL):  # one row a shard: slices of a batch may come from several
+            each = [value for value, layout in zip(values, layouts, strict=True) for _ in layout.grids]
+            parts[name] = np.stack([*each, *each[-1:] * (S - len(each))])
+        else:
+            parts[name] = pad_slices(values, layouts, S, P)
+    grid = np.pad(found.grid, ((0, S - len(found.grid)), (0, 0)), constant_values=1)
+    tables = [table // found.num_tokens * num_tokens + table % found.num_tokens for table in found.tables]
+    return parts, grid, num_tokens, tables
 
 
 def padded(size: int, step: int = 1, steps: int = 4, most: int | None = None) -> int:

@@ -15,11 +15,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mlx_llama3v.data.records import Problem, Record, RecordFile
+from mlx_llama3v.data.sources import Folders, Source
 from mlx_llama3v.errors import DataError
 from mlx_llama3v.text.prompt import Message
 
@@ -51,11 +52,26 @@ def read_records(path: str | Path) -> RecordFile:
         if isinstance(row, Problem):
             problems.append(row)
             continue
-        try:
-            records.append(_record(row, number))
-        except _Refused as refused:
-            problems.append(Problem(f"{path.name}: {where}", str(refused)))
+        read = read_row(row, number, f"{path.name}: {where}")
+        if isinstance(read, Record):
+            records.append(read)
+        else:
+            problems.append(read)
     return RecordFile(path, tuple(records), tuple(problems))
+
+
+def read_row(row: Any, number: int | str, where: str) -> Record | Problem:
+    """One parsed row of any dialect; `number` is its id where it has none, `where` what a Problem says."""
+    try:
+        return _record(row, number)
+    except _Refused as refused:
+        return Problem(where, str(refused))
+
+
+def caption_row(pictures: list[str], caption: str) -> dict[str, Any]:
+    """A row in which nothing is asked."""
+    talk = [{"from": "human", "value": ""}, {"from": "gpt", "value": caption}]
+    return {"conversations": talk, "images": pictures}
 
 
 def _rows(path: Path) -> Iterator[tuple[str, int, Any]]:
@@ -109,7 +125,7 @@ def _is_row(row: Any) -> bool:
     return isinstance(row, dict) and ("conversations" in row or "messages" in row)
 
 
-def _record(row: Any, number: int) -> Record:
+def _record(row: Any, number: int | str) -> Record:
     """One row of any dialect. Raises _Refused."""
     if not _is_row(row):
         what = f"an object with the keys {', '.join(row)}" if isinstance(row, dict) else repr(row)
@@ -167,12 +183,12 @@ def _messages(turn: Any, pictures: _Pictures) -> list[Message]:
     role = _ROLES.get(given) if isinstance(given, str) else None
     if role is None:
         raise _Refused(f"a turn has the role {given!r:.40}; expected one of {', '.join(_ROLES)}")
-    text, own = _content(turn.get("content", turn.get("value")))
+    text, own, more = _content(turn.get("content", turn.get("value")))
     if role == "assistant":  # What a model says is never a placeholder.
-        if own:
+        if own or more:
             raise _Refused("an answer holds a picture")
         return [Message(role, text)]
-    images = pictures.claim(own, len(_PLACEHOLDER.findall(text)))
+    images = pictures.claim(own, max(len(_PLACEHOLDER.findall(text)), len(own) + more))
     text = _without_placeholders(text)
     if role == "pretrain":
         return [Message("user", "", images), Message("assistant", text)]
@@ -188,20 +204,22 @@ def _without_placeholders(text: str) -> str:
     return _PLACEHOLDERS.sub(lambda match: "\n" if "\n" in match[0] else " ", text).strip()
 
 
-def _content(content: Any) -> tuple[str, list[str]]:
-    """Text and own pictures of one turn, which may be a string or a list of typed parts."""
+def _content(content: Any) -> tuple[str, list[str], int]:
+    """Text, own pictures, and how many of the row's, of one turn, which may be a string or a list of typed parts."""
     if not isinstance(content, list):
-        return _string(content), []
-    texts, own = [], []
+        return _string(content), [], 0
+    texts, own, more = [], [], 0
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
             texts.append(_string(part.get("text", part.get("value"))))
         elif kind in ("image", "image_url"):
-            own += _names(part.get(kind, part.get("value")))
+            names = _names(part.get(kind, part.get("value")))
+            own += names
+            more += not names  # {"type": "image"}, as in Hugging Face's data sets: the row's next picture
         else:
             raise _Refused(f"a part has the type {kind!r:.40}; expected text, image or image_url")
-    return "\n".join(texts), own
+    return "\n".join(texts), own, more
 
 
 def _names(value: Any) -> list[str]:
@@ -227,22 +245,24 @@ def _string(value: Any) -> str:
     return value
 
 
-def image_paths(file: RecordFile, image_folder: str | Path | None = None) -> dict[str, Path]:
-    """Where the pictures of a data file lie: name -> path, in the order of their first use.
+def search_folders(home: Path, image_folder: str | Path | None = None, *, allow_outside: bool = False) -> Folders:
+    """Where the pictures that data in the folder `home` names are looked up, and which they may not leave.
 
-    Looked up below `image_folder`, then the data file's folder and three above it, each with the name as it
-    stands and without a leading "data/". A name that is nowhere keeps the first place that was tried, so that
-    `embed` lists it among its failures.
+    `image_folder` alone where one is given, else `home` and three folders above it (the root of the file system
+    is not one of them: everything lies in it). With `allow_outside` all of these, and names may lead anywhere.
     """
-    home = file.path.resolve().parent
-    folders = [*([Path(image_folder)] if image_folder is not None else []), home, *list(home.parents)[:3]]
-    return {name: _find(name, folders) for name in file.images}
+    home = home.resolve()
+    near = [folder for folder in (home, *list(home.parents)[:3]) if folder != Path(home.anchor) or folder == home]
+    given = [Path(image_folder)] if image_folder is not None else []
+    return Folders(given + near if allow_outside or not given else given, allow_outside=allow_outside)
 
 
-def _find(name: str, folders: Iterable[Path]) -> Path:
-    spellings = dict.fromkeys((name, name.removeprefix("data/")))
-    places = [folder / spelling for folder in folders for spelling in spellings]
-    return next((place for place in places if os.path.isfile(place)), places[0])
+def image_paths(
+    file: RecordFile, image_folder: str | Path | None = None, *, allow_outside: bool = False
+) -> dict[str, Source]:
+    """Where the pictures of a data file lie: by name, in the order of their first use. See search_folders."""
+    folders = search_folders(file.path.parent, image_folder, allow_outside=allow_outside)
+    return {name: folders.find(name) for name in file.images}
 
 
 def folder_images(folder: str | Path) -> dict[str, Path]:
@@ -253,9 +273,16 @@ def folder_images(folder: str | Path) -> dict[str, Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder of pictures.")
-    files = (file for file in folder.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
-    found = {file.relative_to(folder).as_posix(): file for file in files}
-    found = {name: found[name] for name in sorted(found) if not re.search(r"(^|/)\.", name)}
+    found = {file.relative_to(folder).as_posix(): file for file in files_below(folder, PICTURES) if file.is_file()}
     if not found:
         raise DataError(f"{folder} holds no picture ({', '.join(PICTURES)}).")
+    return {name: found[name] for name in sorted(found)}
+
+
+def files_below(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    """All files below a folder whose names end so, unsorted; nothing hidden; links to folders are not followed."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in files if name.lower().endswith(endings) and not name.startswith(".")]
     return found

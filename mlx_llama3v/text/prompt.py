@@ -17,6 +17,7 @@ import numpy as np
 
 from mlx_llama3v.config import MARKERS, ProjectorConfig, SliceLayout
 from mlx_llama3v.errors import ContextError, DataError
+from mlx_llama3v.text.templates import templated
 from mlx_llama3v.text.tokens import Tokens
 
 FIRST_VISUAL = 1 + len(MARKERS)  # `source` of a row's first visual token
@@ -72,6 +73,9 @@ def render(
     """
     _check(messages, layouts, generate=generate, caption=caption)
     row = _Row(layouts, tokens, projector)
+    if not tokens.layout.markers:
+        templated(row, messages, tokens.layout, generate=generate, caption=caption, start=start)
+        return row.rendered()
     row.add([tokens.bos if start else tokens.eot])
     if caption:
         _render_caption(row, messages)
@@ -137,18 +141,28 @@ class _Row:
 
     def picture(self, index: int) -> None:
         """<image>overview</image>, then the slices of a split picture in reading order."""
-        layout, counts = self._layouts[index], self._slices[index]
-        ends = FIRST_VISUAL + self._first[index] + np.cumsum(counts)
-        spans = [range(int(end) - count, int(end)) for end, count in zip(ends, counts, strict=True)]
-        visual = self.tokens.marker_ids[0]
+        layout, spans = self._layouts[index], self.spans(index)
         self.mark("<image>")
-        self._put(visual, spans[0])
+        self.visual(spans[0])
         self.mark("</image>")
         for number, span in enumerate(spans[1:]):
             self.mark("<slices>" if number == 0 else "<col>" if number % layout.cols else "<row>")
-            self._put(visual, span)
+            self.visual(span)
         if spans[1:]:
             self.mark("</slices>")
+
+    def spans(self, index: int) -> list[range]:
+        """`source` of the visual tokens of each slice of a picture."""
+        ends = FIRST_VISUAL + self._first[index] + np.cumsum(self._slices[index])
+        return [range(int(end) - count, int(end)) for end, count in zip(ends, self._slices[index], strict=True)]
+
+    def visual(self, span: range) -> None:
+        """The visual tokens of one slice."""
+        self._put(self.tokens.marker_ids[0], span)
+
+    def cols(self, index: int) -> int:
+        """Tiles in a row of a picture."""
+        return self._layouts[index].cols
 
     def _put(self, token_id: int, sources: Sequence[int]) -> None:
         self._ids += [token_id] * len(sources)

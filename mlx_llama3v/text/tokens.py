@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from mlx_llama3v.config import MARKERS
 from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.layout import LAYOUTS, PromptLayout
 
 BOS, END_OF_TEXT, EOT = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
 START_HEADER, END_HEADER = "<|start_header_id|>", "<|end_header_id|>"
@@ -35,14 +37,19 @@ def load_tokenizer(directory: Path | str) -> Tokenizer:
     return tokenizer
 
 
+def reserved_ids(tokenizer: Tokenizer) -> list[int]:
+    """Ids of the tokens named <|reserved_special_token_N|>, ascending."""
+    added = tokenizer.get_added_tokens_decoder().items()
+    return sorted(token_id for token_id, token in added if _RESERVED.fullmatch(token.content))
+
+
 def reserved_marker_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Ids for MARKERS: the eight highest ids named <|reserved_special_token_N|>, ascending.
 
     By id, since the map from id to reserved name differs between Llama 3.0 and 3.1.
     Raises CheckpointError where fewer than eight exist.
     """
-    added = tokenizer.get_added_tokens_decoder().items()
-    reserved = sorted(token_id for token_id, token in added if _RESERVED.fullmatch(token.content))
+    reserved = reserved_ids(tokenizer)
     if len(reserved) < len(MARKERS):
         raise CheckpointError(
             f"the tokenizer has {len(reserved)} <|reserved_special_token_N|> tokens; "
@@ -57,7 +64,13 @@ class Tokens:
     Attributes: `bos`, `eot`, `end_of_text`; `marker_ids` in MARKERS order; `stop`, what ends an answer.
     """
 
-    def __init__(self, tokenizer: Tokenizer, marker_ids: Sequence[int] = (), eos_token_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        marker_ids: Sequence[int] = (),
+        eos_token_ids: Iterable[int] = (),
+        layout: PromptLayout = LAYOUTS["llama3v"],
+    ) -> None:
         """Wrap `tokenizer`. Raises CheckpointError for one that lacks Llama-3's control tokens."""
         names = (BOS, END_OF_TEXT, EOT, START_HEADER, END_HEADER)
         found = {name: tokenizer.token_to_id(name) for name in names}
@@ -65,7 +78,7 @@ class Tokens:
         if len(ids) < len(names):
             missing = ", ".join(name for name, token_id in found.items() if token_id is None)
             raise CheckpointError(f"the tokenizer has no {missing}; expected a Llama-3 tokenizer.")
-        self._tokenizer = tokenizer
+        self._tokenizer, self.layout = tokenizer, layout
         tokenizer.encode_special_tokens = True  # spell special tokens out when they occur in text
         self.bos, self.end_of_text, self.eot, self._start_header, self._end_header = ids
         self.marker_ids = tuple(marker_ids) or reserved_marker_ids(tokenizer)
@@ -75,9 +88,15 @@ class Tokens:
         self._refuse_injection(ids)
 
     @classmethod
-    def load(cls, directory: Path | str, marker_ids: Sequence[int] = (), eos_token_ids: Iterable[int] = ()) -> Tokens:
+    def load(
+        cls,
+        directory: Path | str,
+        marker_ids: Sequence[int] = (),
+        eos_token_ids: Iterable[int] = (),
+        layout: PromptLayout = LAYOUTS["llama3v"],
+    ) -> Tokens:
         """The tokenizer of a model directory; `marker_ids` default to the top of the reserved range."""
-        return cls(load_tokenizer(directory), marker_ids, eos_token_ids)
+        return cls(load_tokenizer(directory), marker_ids, eos_token_ids, layout)
 
     def _refuse_injection(self, ids: Sequence[int]) -> None:
         """A file that lists control tokens or markers as words would let user text produce them."""
@@ -97,9 +116,28 @@ class Tokens:
         """Ids of plain text: no <|begin_of_text|>, and what looks like a control token stays plain text."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
+    def pieces(self, text: str) -> list[int | str]:
+        """`text` of a prompt layout, cut at the special tokens it spells: their ids, and plain text between."""
+        found = re.split(self._special, text)
+        return [self._specials.get(piece, piece) for piece in found if piece]
+
+    @cached_property
+    def _specials(self) -> dict[str, int]:
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        return {token.content: token_id for token_id, token in added if token.special}
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        longest_first = sorted(self._specials, key=len, reverse=True)
+        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """Text of `ids`; special tokens are left out unless `special`."""
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=not special))
+
+    def to_json(self) -> str:
+        """The tokenizer as `tokenizer.json` has it, for libraries that need its words."""
+        return str(self._tokenizer.to_str())
 
     def header(self, role: str) -> list[int]:
         """<|start_header_id|>role<|end_header_id|> and the blank line after it."""

@@ -1,0 +1,164 @@
+"""Reads WebDataset-style tar shards: files of one key (`0001.jpg`, `0001.txt`, `0001.json`) are one sample.
+
+A shard is walked from header to header; of its content only captions and conversations are read. Pictures stay
+where they are, as a stretch of the shard. A shard that was cut short gives what is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mlx_llama3v.data.llava import PICTURES, caption_row, read_row
+from mlx_llama3v.data.records import Problem, Record
+from mlx_llama3v.data.sources import FilePart, Source
+from mlx_llama3v.errors import DataError
+
+TEXTS = (".txt", ".caption", ".cap")
+_MOST_TEXT = 16 << 20  # bytes of one caption or conversation
+
+
+@dataclass
+class _Sample:
+    """The members of one key, in the order of the shard."""
+
+    key: str
+    pictures: dict[str, FilePart] = field(default_factory=dict)  # by name in the data set
+    texts: dict[str, bytes] = field(default_factory=dict)  # "json" and "txt"
+
+
+@dataclass
+class Shard:
+    """What one tar shard gave."""
+
+    records: list[Record] = field(default_factory=list)
+    pictures: dict[str, Source] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def read_shard(path: Path, name: str) -> Shard:
+    """Read one shard; its pictures are called `name`/member. Raises DataError where nothing of it is a tar file."""
+    shard = Shard()
+    for sample in _samples(path, name, shard.problems):
+        shard.pictures.update(sample.pictures)
+        row = _row(sample, f"{name}: {sample.key}", shard.problems)
+        if row is not None:
+            record = read_row(row, sample.key, f"{name}: {sample.key}")
+            if isinstance(record, Record):
+                shard.records.append(record)
+            else:
+                shard.problems.append(record)
+    return shard
+
+
+def _samples(path: Path, name: str, problems: list[Problem]) -> Iterator[_Sample]:
+    """Members of one key that follow each other."""
+    sample = _Sample("")
+    for member, content in _members(path, name, problems):
+        key, ending = _split(member.name)
+        if key != sample.key:
+            yield sample
+            sample = _Sample(key)
+        if content is not None:
+            sample.texts["json" if ending == ".json" else "txt"] = content
+        else:
+            picture = f"{name}/{member.name}"
+            sample.pictures[picture] = FilePart(path, member.offset_data, member.size, member.name)
+    yield sample
+
+
+def _split(member: str) -> tuple[str, str]:
+    """'train/0001.left.jpg' -> ('train/0001', '.jpg'): the key ends at the file name's first point."""
+    path = PurePosixPath(member)
+    return str(path.with_name(path.name.split(".")[0] or path.name)), path.suffix.lower()
+
+
+def _members(path: Path, name: str, problems: list[Problem]) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
+    """The members of use, and the content of those that are text."""
+    try:
+        with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
+            length = path.stat().st_size
+            try:
+                while (member := tar.next()) is not None:
+                    tar.members = []  # type: ignore[attr-defined]  # it keeps every header: a shard may have a million
+                    if not _wanted(member):
+                        continue
+                    if why := _refusal(member, length):
+                        problems.append(Problem(f"{name}: {member.name}", why))
+                    elif _split(member.name)[1] in PICTURES:
+                        yield member, None
+                    else:
+                        file.seek(member.offset_data)
+                        yield member, file.read(member.size)
+            except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+                problems.append(Problem(name, f"damaged at byte {tar.offset} ({error}); what stands before is used"))
+                return
+            file.seek(tar.offset)
+            rest = file.read(512)
+            if not rest:
+                problems.append(Problem(name, "it has no end mark, so it may be cut short; what is there is used"))
+            elif rest.strip(b"\0"):
+                problems.append(Problem(name, f"damaged at byte {tar.offset}; what stands before is used"))
+    except (tarfile.TarError, OSError, ValueError) as error:
+        with_gzip = path.suffix in (".gz", ".tgz", ".zst", ".bz2", ".xz")
+        what = "is compressed; unpack it first" if with_gzip else f"cannot be read as a tar file: {error}"
+        raise DataError(f"{path} {what}.") from error
+
+
+def _wanted(member: tarfile.TarInfo) -> bool:
+    """Whether it is named as a picture or a text; what a Mac adds ("._0001.jpg") is not."""
+    ending = _split(member.name)[1]
+    hidden = PurePosixPath(member.name).name.startswith(".")
+    return not member.isdir() and not hidden and ending in (*PICTURES, *TEXTS, ".json")
+
+
+def _refusal(member: tarfile.TarInfo, length: int) -> str:
+    """Why a member is not used; empty where it is."""
+    if not member.isfile():
+        return "it is a link or a device; expected a file"
+    if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
+        return "its name leads out of the shard"
+    if member.offset_data + member.size > length:
+        return "the shard ends in the middle of it"
+    if member.issparse():
+        return "it is a sparse file; expected a plain one"
+    if _split(member.name)[1] not in PICTURES and member.size > _MOST_TEXT:
+        return f"it has {member.size} bytes of text, more than {_MOST_TEXT}"
+    return ""
+
+
+def _row(sample: _Sample, where: str, problems: list[Problem]) -> Any:
+    """The sample as a row of llava.py, its pictures named as the data set has them; None where it has no words."""
+    pictures = [*sample.pictures]
+    try:
+        values = json.loads(sample.texts["json"]) if "json" in sample.texts else {}
+        text = sample.texts["txt"].decode("utf-8-sig") if "txt" in sample.texts else None
+    except (ValueError, RecursionError) as error:
+        problems.append(Problem(where, f"its text is not readable ({error})"))
+        return None
+    if isinstance(values, list):
+        values = {"conversations": values}
+    if isinstance(values, dict) and ("conversations" in values or "messages" in values):
+        named = _matched(values.get("image", values.get("images")), pictures)
+        if named is None:
+            problems.append(Problem(where, "its conversation names other pictures than it holds"))
+            return None
+        return {**values, "image": None, "images": named}
+    caption = text if text is not None else values.get("caption") if isinstance(values, dict) else None
+    return caption_row(pictures, caption) if isinstance(caption, str) and pictures else None
+
+
+def _matched(named: Any, pictures: list[str]) -> list[str] | None:
+    """The sample's own pictures for the names in its conversation: by file name, else in their order."""
+    names = [named] if isinstance(named, str) else named
+    if not isinstance(names, list) or not names:
+        return pictures
+    files = {PurePosixPath(picture).name: picture for picture in pictures}
+    found = [files.get(PurePosixPath(name).name) if isinstance(name, str) else None for name in names]
+    if all(found):
+        return [picture for picture in found if picture]
+    return pictures if len(names) == len(pictures) else None

@@ -1,0 +1,57 @@
+"""From a model directory to a session, and the two shortest ways to an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_llama3v import checkpoint
+from mlx_llama3v.inference.sampling import Sampling
+from mlx_llama3v.inference.session import Memory, Picture, Session
+from mlx_llama3v.tensors import read_tensors
+from mlx_llama3v.text.tokens import Tokens
+from mlx_llama3v.vision.encode import Encoder
+
+
+def load(
+    model: str | Path, run: str | Path | None = None, *, system: str | None = None, memory: Memory | None = None
+) -> Session:
+    """Open a model directory (or Hub repo id), with what a training run changed on top.
+
+    Raises CheckpointError for a directory that is missing, incomplete or not made by `convert`.
+    """
+    path = checkpoint.resolve(model)
+    config = checkpoint.load_config(path)
+    tokens = Tokens.load(path, config.marker_ids, config.eos_token_ids, config.prompt_layout)
+    llama3v = checkpoint.load_model(path)
+    if run is not None:
+        checkpoint.load_run(llama3v, Path(run))
+    encoder = load_encoder(path) if read_tensors(path, ("vision_tower.",)) else None
+    if encoder is not None:
+        encoder.pool = checkpoint.run_pool(run) or encoder.pool
+    if encoder is not None:
+        encoder.pool = checkpoint.run_pool(run) or encoder.pool
+    return Session(llama3v, tokens, encoder, system, memory)
+
+
+def load_encoder(model: str | Path) -> Encoder:
+    """The vision tower of a model directory with all that decides what it sees. Raises CheckpointError."""
+    path = checkpoint.resolve(model)
+    config, tower = checkpoint.load_config(path), checkpoint.load_tower(path)
+    return Encoder(
+        tower, config.vision_config, config.image, config.tiling, config.vision_feature_layer, config.patch_pool
+    )
+
+
+def stream(session: Session, prompt: str, images: Sequence[Picture] = (), **sampling: Any) -> Iterator[str]:
+    """One answer in a fresh conversation, as text that arrives; keywords are Sampling's fields."""
+    session.reset()
+    for piece in session.ask(prompt, images, Sampling(**sampling)):
+        if piece.text:
+            yield piece.text
+
+
+def generate(session: Session, prompt: str, images: Sequence[Picture] = (), **sampling: Any) -> str:
+    """One answer in a fresh conversation; keywords are Sampling's fields."""
+    return "".join(stream(session, prompt, images, **sampling))

@@ -1,0 +1,97 @@
+"""How the next token is chosen: the options in mlx-lm's spelling, and one sampler an answer.
+
+An answer's random numbers follow from its own seed and the place of the token, not from a global state, so
+that it is the same alone, in a batch, and beside the requests of other people.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from mlx_llama3v.compat import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
+from mlx_llama3v.errors import ContextError
+
+PENALIZED = 20  # tokens that a repetition penalty looks back on, as in mlx-lm
+
+
+class Mask(Protocol):
+    """What a grammar allows next."""
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        """Logits [1, V] -> logits [1, V]."""
+
+    def take(self, token: int) -> None:
+        """The answer goes on with `token`."""
+
+
+def _knob(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen and when an answer ends; the defaults are greedy."""
+
+    max_tokens: int = _knob(256, "Longest answer.")
+    temp: float = _knob(0.0, "Temperature; 0 always takes the likeliest token.")
+    top_p: float = _knob(1.0, "Sample from the likeliest tokens that hold this probability.")
+    top_k: int = _knob(0, "Sample from this many tokens; 0: all.")
+    min_p: float = _knob(0.0, "Drop tokens less likely than this share of the likeliest.")
+    repetition_penalty: float | None = _knob(None, "Divide the odds of the last 20 tokens by this.")
+    seed: int | None = _knob(None, "Fixes what is sampled.")
+    stop: tuple[str, ...] = _knob((), "End the answer before this text; repeat for more.")
+    loop_guard: int = _knob(128, "End an answer whose last N tokens only repeat themselves; 0: never.")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", tuple(self.stop))
+        if self.max_tokens < 1 or not 0 <= self.temp <= 100:
+            raise ContextError(f"max_tokens is {self.max_tokens}, temp {self.temp}; expected at least 1 and 0 to 100.")
+        if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1 or self.top_k < 0:
+            given = f"top_p is {self.top_p}, min_p {self.min_p}, top_k {self.top_k}"
+            raise ContextError(f"{given}; expected 0 < top_p <= 1, 0 <= min_p <= 1 and top_k of at least 0.")
+        if self.repetition_penalty is not None and not self.repetition_penalty > 0:
+            raise ContextError(f"repetition_penalty is {self.repetition_penalty}; expected more than 0 (1: none).")
+        if "" in self.stop or self.loop_guard < 0:
+            raise ContextError(f"stop is {list(self.stop)}, loop_guard {self.loop_guard}; expected texts, at least 0.")
+
+
+class Sampler:
+    """Chooses the tokens of one answer; `mask` restricts them to what a grammar allows."""
+
+    def __init__(self, sampling: Sampling, mask: Mask | None = None) -> None:
+        self.sampling, self.mask = sampling, mask
+        self._seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
+        self._count = 0
+        self._penalty = make_logits_processors(repetition_penalty=sampling.repetition_penalty)
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is a mere argmax, so that a batch of rows may share one."""
+        return self.sampling.temp == 0 and not self._penalty and self.mask is None
+
+    def adjust(self, logits: mx.array, before: Sequence[int] | mx.array) -> mx.array:
+        """Logits [1, V] after penalty and grammar; `before` are the tokens so far."""
+        for penalize in self._penalty if len(before) else ():
+            logits = penalize(mx.array(before[-PENALIZED:]), logits)
+        return logits if self.mask is None else self.mask(logits)
+
+    def choose(self, logits: mx.array) -> mx.array:
+        """[1, V] -> the next token [1]; each call is one place further in the answer."""
+        how, place = self.sampling, self._count
+        self._count += 1
+        if how.temp == 0:
+            return mx.argmax(logits, axis=-1)
+        odds = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        if how.top_p < 1:
+            odds = apply_top_p(odds, how.top_p)
+        if how.min_p > 0:
+            odds = apply_min_p(odds, how.min_p)
+        if 0 < how.top_k < logits.shape[-1]:
+            odds = apply_top_k(odds, how.top_k)
+        key = mx.random.key((self._seed * 0x9E3779B97F4A7C15 + place) % 2**63)
+        return mx.random.categorical(odds / how.temp, key=key)

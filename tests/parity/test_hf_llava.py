@@ -1,0 +1,144 @@
+"""Hugging Face LLaVA with SigLIP and Llama: picture file in, logits out, against transformers' own class."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_llama3v.checkpoint import load_config
+from mlx_llama3v.inference import load
+from mlx_llama3v.weights.vlm import convert_vlm
+from tests.family_parity import answer, greedy, prompt_logits, without_stop
+from tests.hf_edit import copy, edit
+from tests.hf_llava import make_llava, picture, reference
+from tests.hf_parity import distance
+
+QUESTION = "What does the sign say?"
+TOLERANCE = 1e-4
+CASES: dict[str, dict[str, Any]] = {
+    "layer -2, all patches": {},
+    "strategy default, plain rope": {"strategy": "default", "scaled": False},
+    "last layer, tied, with a head": {"layer": -1, "tie": True, "head": True},
+    "counted from the front": {"layer": 1},
+}
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return picture(tmp_path_factory.mktemp("picture") / "a.png")
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llava(tmp_path_factory.mktemp("llava"))
+
+
+def same_answer(directory: Path, source: Path, image: Path) -> float:
+    """Relative distance of logits; asserts that greedy decoding gives the same tokens."""
+    expected, tokens = reference(source, image, QUESTION)
+    found, ours = answer(directory, image, QUESTION)
+    assert found.shape == expected.shape
+    assert ours == without_stop(tokens, load(directory).tokens.stop)
+    return distance(found, expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_greedy_answer(case: str, image: Path, tmp_path: Path) -> None:
+    source = make_llava(tmp_path / "hf", **CASES[case])
+    convert_vlm(source, tmp_path / "model")
+    assert same_answer(tmp_path / "model", source, image) <= TOLERANCE
+
+
+LAYOUTS = {
+    "classic": {"vision_tower.": "vision_tower.vision_model."},
+    "4.52": {
+        "vision_tower.": "model.vision_tower.vision_model.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+        "language_model.model.": "model.language_model.",
+        "language_model.lm_head.": "lm_head.",
+    },
+    "fresh": {},
+}
+
+
+def canonical(name: str) -> str:
+    """A name of any of the three layouts -> that of a fresh save of transformers 5."""
+    name = name.replace("model.vision_tower.", "vision_tower.").replace("vision_tower.vision_model.", "vision_tower.")
+    name = name.replace("model.multi_modal_projector.", "multi_modal_projector.")
+    name = name.replace("model.language_model.", "language_model.model.")
+    return "language_model." + name if name.startswith("lm_head.") else name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_three_key_layouts(layout: str, theirs: Path, image: Path, tmp_path: Path) -> None:
+    def change(weights: dict[str, mx.array]) -> None:
+        for name in list(weights):
+            new = canonical(name)
+            for a, b in LAYOUTS[layout].items():
+                if new.startswith(a):
+                    new = b + new.removeprefix(a)
+                    break
+            weights[new] = weights.pop(name)
+
+    moved = edit(copy(theirs, tmp_path / "moved"), change)
+    convert_vlm(moved, tmp_path / "model")
+    assert same_answer(tmp_path / "model", theirs, image) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vision_tower.encoder.layers.1.mlp.fc1.bias",
+        "projector.body.linear_1.weight",
+        "language_model.lm_head.weight",
+    ],
+)
+def test_a_perturbed_weight_shows(name: str, theirs: Path, image: Path, tmp_path: Path) -> None:
+    convert_vlm(theirs, tmp_path / "model")
+    edit(tmp_path / "model", lambda weights: weights.update({name: weights[name] + 0.05}))
+    expected, _ = reference(theirs, image, QUESTION)
+    assert distance(prompt_logits(load(tmp_path / "model"), image, QUESTION), expected) > 10 * TOLERANCE
+
+
+def test_the_unused_last_block_does_not_matter(theirs: Path, image: Path, tmp_path: Path) -> None:
+    """vision_feature_layer -2: nothing of the last block and of post_layernorm reaches the decoder (trap 5)."""
+    convert_vlm(theirs, tmp_path / "model")
+    before = prompt_logits(load(tmp_path / "model"), image, QUESTION)
+
+    def change(weights: dict[str, mx.array]) -> None:
+        for name in weights:
+            if "vision_tower.encoder.layers.2" in name or "post_layernorm" in name:
+                weights[name] = weights[name] + 1
+
+    edit(tmp_path / "model", change)
+    assert np.array_equal(prompt_logits(load(tmp_path / "model"), image, QUESTION), before)
+
+
+def test_a_second_turn_follows_the_same_layout(theirs: Path, image: Path, tmp_path: Path) -> None:
+    """A chat's cached turns and the whole conversation laid out at once are the same ids."""
+    from mlx_llama3v.text.prompt import Message, render
+
+    convert_vlm(theirs, tmp_path / "model")
+    session = load(tmp_path / "model")
+    first = greedy(session, image, QUESTION, 4)
+    assert session.encoder is not None
+    encoded = session.encoder.embed(image)
+    held = list(session.ids)
+    config = load_config(tmp_path / "model").projector_config
+    opening = render([Message("user", QUESTION, (0,))], [encoded.layout], session.tokens, config, generate=True)
+    assert held == [*opening.ids.tolist(), *first]
+    follow = render([Message("user", "Sure?")], [], session.tokens, config, generate=True, start=False)
+    text = session.tokens.decode(follow.ids, special=True)
+    assert text == "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nSure?<|eot_id|>" + (
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )

@@ -1,0 +1,160 @@
+"""A Jinja chat template -> the pieces of a PromptLayout, found by rendering it around marks.
+
+Templates are programs; what this package needs of them is what stands around the messages. Every piece is checked by
+putting a two-turn conversation together again: a template that does more than place messages is not used.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.layout import PromptLayout
+from mlx_llama3v.tensors import read_json
+
+_SYSTEM, _FIRST, _ANSWER, _SECOND = "⟦system⟧", "⟦first⟧", "⟦answer⟧", "⟦second⟧"
+_IMAGE = "⟦image⟧"
+
+
+def find_template(directory: Path) -> str | None:
+    """The chat template of a checkpoint: its own file, or an entry of a JSON file."""
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        path = directory / name
+        found = read_json(path).get("chat_template") if path.is_file() else None
+        if isinstance(found, list):  # several under names, old style
+            found = next((entry["template"] for entry in found if entry.get("name") == "default"), None)
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def read_layout(directory: Path, image_token: str = "<image>") -> PromptLayout | None:
+    """The layout that a checkpoint's chat template writes; None where it has none.
+
+    Raises CheckpointError for a template that this reading does not reproduce.
+    """
+    template = find_template(directory)
+    if template is None:
+        return None
+    path = directory / "tokenizer_config.json"
+    named = read_json(path) if path.is_file() else {}
+    bos = named.get("bos_token", "<|begin_of_text|>")
+    bos = bos["content"] if isinstance(bos, dict) else str(bos)
+    render = _renderer(template, bos)
+    try:
+        return _layout(render, bos, image_token)
+    except _Unreadable as error:
+        raise CheckpointError(
+            f"{directory}: the chat template cannot be read as a prompt layout ({error}); "
+            "choose one with --prompt-layout."
+        ) from None
+
+
+class _Unreadable(Exception):
+    """What keeps a template from being taken apart."""
+
+
+def _renderer(template: str, bos: str) -> Any:
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = lambda value, **kwargs: json.dumps(value, ensure_ascii=False)
+
+    def fail(message: str) -> None:
+        raise TemplateError(message)
+
+    environment.globals["raise_exception"] = fail  # no strftime_now: a prompt must not change with the day
+
+    def render(*turns: tuple[str, Any]) -> str:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        try:
+            return str(
+                environment.from_string(template).render(
+                    messages=messages, add_generation_prompt=messages[-1]["role"] == "user", bos_token=bos, eos_token=""
+                )
+            )
+        except (TemplateError, TypeError, KeyError, IndexError) as error:
+            raise _Unreadable(str(error)) from error
+
+    return render
+
+
+def _layout(render: Any, bos: str, image_token: str) -> PromptLayout:
+    def cut(text: str, *marks: str) -> list[str]:
+        parts = []
+        for mark in marks:
+            before, found, text = text.partition(mark)
+            if not found:
+                raise _Unreadable(f"it leaves out a message: {text[:40]!r}")
+            parts.append(before)
+        return [*parts, text]
+
+    listed, wrap = _content_form(render)
+    plain = cut(render(("user", wrap(_FIRST))), _FIRST)
+    turns = ("user", wrap(_FIRST)), ("assistant", wrap(_ANSWER)), ("user", wrap(_SECOND))
+    before, asked, between, last = cut(render(*turns), _FIRST, _ANSWER, _SECOND)
+    if before != plain[0] or last != plain[1] or last != asked:
+        raise _Unreadable("it writes a turn differently the second time")
+    start = bos if before.startswith(bos) else ""
+    end = between[: between.index("|>") + 2] if between.startswith("<|") else between[: between.find("<")]
+    user_header = between[len(end) :]
+    user_end = end if asked.startswith(end) else ""
+    head, after = "", ""
+    try:
+        head, after, _ = cut(render(("system", wrap(_SYSTEM)), ("user", wrap(_FIRST))), _SYSTEM, _FIRST)
+    except _Unreadable:
+        pass  # a template without system turns
+    system, default = "{text}", None
+    if head or after:
+        if not after.endswith(user_header):
+            raise _Unreadable("its first user turn after a system turn differs")
+        system = head.removeprefix(start) + "{text}" + after.removesuffix(user_header)
+    opening = before.removeprefix(start)
+    if opening != user_header:  # a system turn comes without being asked for: Llama 3.1's date
+        shell = system.partition("{text}")
+        rest = opening.removesuffix(user_header)
+        if not (rest.startswith(shell[0]) and rest.endswith(shell[2])):
+            start, default = start + rest, None  # words of its own: they become part of the start
+        else:
+            default = rest[len(shell[0]) : len(rest) - len(shell[2])]
+    return PromptLayout(
+        name="chat template",
+        start=start,
+        system=system,
+        default_system=default,
+        user=user_header + "{images}{text}" + user_end,
+        assistant=asked.removeprefix(user_end),
+        end=end,
+        picture=_picture(render, image_token) if listed else "{overview}{slices}\n",
+    )
+
+
+def _content_form(render: Any) -> tuple[bool, Any]:
+    """Whether a template takes content as a list of parts, and how a text is given to it."""
+
+    def as_list(text: str) -> list[dict[str, str]]:
+        return [{"type": "text", "text": text}]
+
+    try:
+        text = render(("user", as_list(_FIRST)))
+        if _FIRST in text and "'type'" not in text:
+            return True, as_list
+    except _Unreadable:
+        pass
+    return False, lambda text: text
+
+
+def _picture(render: Any, image_token: str) -> str:
+    """What a template writes around a picture before the text of its turn."""
+    with_image = render(("user", [{"type": "image"}, {"type": "text", "text": _FIRST}]))
+    without = render(("user", [{"type": "text", "text": _FIRST}])).partition(_FIRST)[0]
+    inserted = with_image.partition(_FIRST)[0].removeprefix(without)
+    if inserted.count(image_token) != 1:
+        return "{overview}{slices}\n"
+    return inserted.replace(image_token, "{overview}{slices}")

@@ -1,0 +1,210 @@
+"""A finished vision-language model -> a model directory: the work of `llama3v-mlx convert --hf-path`.
+
+The family is told by config.json and tensor names, never by the folder's name. Names and shapes of all tensors are
+compared before one is read; then they pass through one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_llama3v.checkpoint import LEGAL_FILES, TOKENIZER_FILES, check_output, parse_dtype, resolve, save_model
+from mlx_llama3v.config import ModelConfig, stop_ids
+from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.layout import named_layout
+from mlx_llama3v.model import Llama3V
+from mlx_llama3v.tensors import SHARD_BYTES, mismatches, parameters, read_json, refuse
+from mlx_llama3v.text.tokens import Tokens
+from mlx_llama3v.vision import siglip
+from mlx_llama3v.weights import hf_llava
+from mlx_llama3v.weights.card import model_card
+from mlx_llama3v.weights.convert import (
+    ConvertReport,
+    QuantConfig,
+    check_space,
+    drain,
+    matching,
+    pixels_file,
+    quantize_model,
+    report_of,
+    source_name,
+)
+from mlx_llama3v.weights.export import KEPT, kept_config, restore
+from mlx_llama3v.weights.family import Family, Renamed, Source, is_clip, rename
+from mlx_llama3v.weights.siglip import rename as siglip_names
+
+FAMILIES: tuple[Family, ...] = (hf_llava.FAMILY,)
+_ZEROS = "projector.markers"  # finished models have none of our markers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion would do: `convert --hf-path --dry-run`."""
+
+    family: Family
+    config: ModelConfig
+    renamed: Renamed
+    problems: tuple[str, ...]  # missing and misshapen tensors
+    bytes_before: int
+    bytes_after: int
+
+
+def detect(source: Source) -> Family:
+    """The family of a checkpoint. Raises CheckpointError, in one sentence, for one that cannot be converted."""
+    kind = source.config.get("model_type")
+    if kind == "llama3v" and "projector_config" in source.config:
+        raise CheckpointError(f"{source.directory} is a converted model directory already; use it with --model.")
+    if is_clip(source):
+        raise CheckpointError(
+            f"{source.directory} sees through a CLIP tower (model_type {kind!r}), whose class token and norms this "
+            "package has not; expected a model with a SigLIP tower, or join a SigLIP and a Llama with --vision and --llm."
+        )
+    for family in FAMILIES:
+        if family.detect(source):
+            return family
+    known = "; ".join(family.title for family in FAMILIES)
+    raise CheckpointError(
+        f"{source.directory} is a model of type {kind!r} that no family fits; expected one of: {known}; "
+        "or a SigLIP and a Llama checkpoint with --vision and --llm."
+    )
+
+
+def plan_vlm(
+    hf_path: str | Path,
+    *,
+    quantize: QuantConfig | None = None,
+    dtype: str | None = None,
+    prompt_layout: str | None = None,
+    offline: bool = False,
+) -> Plan:
+    """What `convert_vlm` would do, without writing. Raises CheckpointError for a model of no family."""
+    source, family, config = _open(hf_path, prompt_layout, offline)
+    renamed, weights, problems = _weights(source, family, config)
+    before = sum(value.nbytes for value in source.tensors.values())
+    finished, _ = ({}, ()) if problems else _finish(config, weights, quantize, dtype)
+    after = sum(value.nbytes for value in finished.values())
+    return Plan(family, config, renamed, tuple(problems), before, after)
+
+
+def convert_vlm(
+    hf_path: str | Path,
+    mlx_path: str | Path,
+    *,
+    quantize: QuantConfig | None = None,
+    dtype: str | None = None,
+    prompt_layout: str | None = None,
+    offline: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> ConvertReport:
+    """Convert a finished model (directory or Hub id) of one of FAMILIES; see `convert` for the arguments.
+
+    `prompt_layout` (a name of LAYOUTS) overrides the one that the checkpoint asks for. Raises CheckpointError, before
+    anything is written, for a model of no family and with every tensor that is missing, left over or misshapen.
+    """
+    target = check_output(mlx_path)
+    source, family, config = _open(hf_path, prompt_layout, offline)
+    renamed, weights, problems = _weights(source, family, config)
+    refuse([*(f"left over {name}" for name in renamed.unknown), *problems], source.directory)
+    if quantize:
+        config = replace(config, quantization=asdict(quantize))
+    source.tensors.clear()
+    finished, layers = _finish(config, weights, quantize, dtype)
+    report = report_of(target, config, finished, layers)
+    total = sum(report.bytes.values())
+    check_space(target, total)
+    files: dict[str, Path | str] = dict(matching(source.text_directory, (*TOKENIZER_FILES, *LEGAL_FILES)))
+    files["preprocessor_config.json"] = pixels_file(config)
+    if (beside := source.directory / KEPT / "siglip").is_dir():
+        files.update({f"siglip/{path.name}": path for path in sorted(beside.iterdir())})
+    files["README.md"] = model_card(config, sum(report.parameters.values()))
+    save_model(
+        target,
+        config,
+        drain(finished),
+        files=files,
+        shard_bytes=shard_bytes,
+        progress=progress and (lambda done: progress(done, total)),
+    )
+    return report
+
+
+def _open(hf_path: str | Path, prompt_layout: str | None, offline: bool) -> tuple[Source, Family, ModelConfig]:
+    source = Source.open(resolve(hf_path, offline))
+    family = detect(source)
+    if source.config.get("quantization") or source.config.get("quantization_config"):
+        raise CheckpointError(f"{source.directory} is already quantized; expected the original weights.")
+    if (kept := kept_config(source.directory)) is not None:  # exported by us: it says what it was
+        return source, family, kept if prompt_layout is None else replace(kept, prompt_layout=named_layout(prompt_layout))
+    config = family.configure(source)
+    if prompt_layout is not None:
+        config = replace(config, prompt_layout=named_layout(prompt_layout))
+    path = source.text_directory / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
+    tokens = Tokens.load(source.text_directory)
+    if max(tokens.marker_ids) >= config.text_config["vocab_size"]:
+        raise CheckpointError(
+            f"{source.directory}: tokenizer.json has the id {max(tokens.marker_ids)}, but vocab_size is "
+            f"{config.text_config['vocab_size']}; expected a tokenizer and weights that belong together."
+        )
+    stops = config.text_config.get("eos_token_id"), source.config.get("eos_token_id"), generation.get("eos_token_id")
+    name = source_name(hf_path)
+    sources = {"vision": name, "llm": name, "model": name, "family": family.name}
+    return source, family, replace(config, marker_ids=tokens.marker_ids, eos_token_ids=stop_ids(*stops), sources=sources)
+
+
+def _weights(source: Source, family: Family, config: ModelConfig) -> tuple[Renamed, dict[str, mx.array], list[str]]:
+    """Lazy tensors under our names, and what is wrong with them."""
+    renamed = rename(family, source.tensors)
+    clash = len(set(renamed.names.values())) < len(renamed.names)
+    if clash:
+        raise CheckpointError(f"{source.directory} has the same tensor under two names; expected one layout.")
+    found = siglip.sanitize({ours: source.tensors[theirs] for theirs, ours in renamed.names.items()})
+    if restored := restore(source.directory, found):
+        found = restored[1]
+    model = Llama3V(config)
+    found = model.sanitize(found)
+    if not restored:
+        found.update(family.extra(source, config))
+    found.setdefault(_ZEROS, mx.zeros(model.projector.markers.shape))
+    expected = {f"vision_tower.{name}": v for name, v in parameters(siglip.VisionTower(config.vision_config)).items()}
+    if config.siglip_text_config is not None:
+        pair = parameters(siglip.SiglipModel(config.vision_config, config.siglip_text_config))
+        expected |= {name: v for name, v in siglip_names(pair).items() if not name.startswith("vision_tower.")}
+    return renamed, found, mismatches({**expected, **parameters(model)}, found)
+
+
+def _finish(
+    config: ModelConfig, weights: dict[str, mx.array], quantize: QuantConfig | None, dtype: str | None
+) -> tuple[dict[str, mx.array], tuple]:
+    """Cast and quantize, all of it lazily: tower and decoder to `dtype`, the projector to float32."""
+    wanted = parse_dtype(dtype) if dtype else None
+    towers = {name: v for name, v in weights.items() if not name.startswith(("projector.", "language_model."))}
+    tower = {n: v if wanted is None or n.startswith("logit_") else v.astype(wanted) for n, v in towers.items()}
+    model = Llama3V(config)
+    rest = {name: v for name, v in weights.items() if name not in tower}
+    rest = {name: v.astype(mx.float32) if name.startswith("projector.") else v for name, v in rest.items()}
+    model.load_weights(list(rest.items()))
+    if wanted:
+        model.language_model.set_dtype(wanted)
+    layers = quantize_model(model, quantize) if quantize else ()
+    return {**tower, **parameters(model)}, layers
+
+
+def as_json(plan: Plan) -> str:
+    """A plan for machines."""
+    values = {
+        "family": plan.family.name,
+        "renamed": plan.renamed.names,
+        "skipped": plan.renamed.skipped,
+        "left_over": plan.renamed.unknown,
+        "problems": plan.problems,
+        "bytes_before": plan.bytes_before,
+        "bytes_after": plan.bytes_after,
+    }
+    return json.dumps(values, indent=2)
