@@ -14,7 +14,7 @@ from mlx_llama3v.errors import UserError
 from mlx_llama3v.version import __version__
 
 DEBUG = "LLAMA3V_DEBUG"
-COMMANDS = ("convert", "embed", "train", "chat", "generate", "serve", "classify", "store", "demo", "doctor")
+COMMANDS = ("convert", "export", "embed", "train", "chat", "generate", "serve", "classify", "store", "demo", "doctor")
 
 
 def _version(wanted: bool) -> None:

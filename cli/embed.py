@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from mlx_llama3v.cli import show
 from mlx_llama3v.cli.options import Config, MaxSlices, Model, Offline
-from mlx_llama3v.stages import EmbedReport, embed_data
+from mlx_llama3v.data.records import Problem
+from mlx_llama3v.errors import DataError
+from mlx_llama3v.estimate import Estimate
+from mlx_llama3v.stages import EmbedReport, embed_data, estimate_data
 
 
 def register(app: typer.Typer) -> None:
@@ -20,10 +24,19 @@ def embed(
     model: Model,
     data: Annotated[
         Path,
-        typer.Option("--data", help="LLaVA-format JSON or JSONL, or a folder of pictures.", show_default=False),
+        typer.Option(
+            "--data",
+            help="LLaVA-format JSON or JSONL, a folder of pictures, parquet (images + messages), a `save_to_disk` "
+            "folder, or tar shards; a file, a folder or a pattern such as 'shard-{000..010}.tar'.",
+            show_default=False,
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", help="Store to fill; an existing one goes on.")] = Path("store"),
     image_folder: Annotated[Path | None, typer.Option("--image-folder", help="Where names in DATA start.")] = None,
+    allow_outside: Annotated[
+        bool,
+        typer.Option("--allow-outside", help="Read pictures outside that folder, too (../, absolute, links)."),
+    ] = False,
     codec: Annotated[
         Literal["float16", "int8", "int4"],
         typer.Option("--codec", help="How embeddings are held: int8 is half of float16, int4 0.28 of it."),
@@ -42,6 +55,14 @@ def embed(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Slices a forward pass.")] = 16,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Threads that open and cut pictures.")] = 2,
     max_slices: MaxSlices = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Only say what it would cost: slices, bytes, time, free disk.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="With --estimate: print JSON and nothing else.")] = False,
+    check_disk: Annotated[
+        bool, typer.Option("--check-disk/--no-check-disk", help="Refuse to start what the disk cannot hold.")
+    ] = True,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 where anything could not be read.")] = False,
     offline: Offline = False,
     config: Config = None,
 ) -> None:
@@ -49,33 +70,86 @@ def embed(
 
     Example: `llama3v-mlx embed --model my-model --data llava.json --image-folder images --output my-store`
     """
+    settings: dict[str, Any] = {
+        "image_folder": image_folder,
+        "allow_outside": allow_outside,
+        "codec": codec,
+        "pool": pool,
+        "after_projector": after_projector,
+        "batch_size": batch_size,
+        "workers": workers,
+        "max_slices": max_slices,
+        "offline": offline,
+    }
+    if estimate:
+        with show.bar("scan", "images") as bar:
+            found = estimate_data(
+                model, data, output, **settings, progress=lambda done, total: bar.update(done, total, "")
+            )
+        if json:
+            show.as_json(found.to_dict())
+        else:
+            print_estimate(found, output)
+        _check_all_read(strict, len(found.problems), "would be left out")
+        return
+    if json:
+        raise DataError(
+            "--json belongs to --estimate; the store itself is described by `llama3v-mlx store info --json`."
+        )
     with show.bar("embed", "images") as bar:
         report = embed_data(
             model,
             data,
             output,
-            image_folder=image_folder,
-            codec=codec,
-            pool=pool,
-            after_projector=after_projector,
+            **settings,
+            check_disk=check_disk,
             shard_bytes=shard_size << 20,
-            batch_size=batch_size,
-            workers=workers,
-            max_slices=max_slices,
-            offline=offline,
             progress=lambda p: bar.update(p.done, p.total, f"{p.slices:,} slices, {show.size(p.bytes)}"),
         )
     print_report(report)
+    _check_all_read(strict, len(report.problems), "could not be read")
+
+
+def _check_all_read(strict: bool, count: int, what: str) -> None:
+    """Raises DataError, for an exit status of 1, where --strict was given and something was left out."""
+    if strict and count:
+        raise DataError(f"{count:,} pictures or records {what}; --strict makes that an error.")
+
+
+def print_estimate(found: Estimate, store: Path) -> None:
+    """The whole answer as two tables."""
+    _print_problems(found.problems, "")
+    volume, speed = found.volume, found.speed
+    rate = f" ({1 / speed.slice_seconds:,.1f} slices/s, {speed.slices} timed)" if speed.slices else ""
+    rows = [
+        ["pictures to encode (by name)", f"{volume.pictures:,}"],
+        ["in the store already", f"{found.reused:,}"],
+        ["unreadable", f"{len(found.unreadable):,}"],
+        [f"slices (--max-slices {found.max_slices})", f"{volume.slices:,}"],
+        ["tokens (patches of the tower)", f"{volume.patches:,}"],
+        ["tokens as stored", f"{volume.rows:,}"],
+        ["time on this device", f"{show.duration(found.seconds)}{rate}" if speed.slices else "not measured"],
+        ["free disk", show.size(found.free)],
+    ]
+    show.table(f"embed --output {store}", ["", ""], rows)
+    fits = {True: "fits", False: "does not fit"}
+    sizes = [[name, show.size(size), fits[size <= found.free]] for name, size in volume.bytes.items()]
+    show.table("store", ["codec", "bytes", ""], sizes)
+    show.out.print("Equal files under several names are stored once, but counted each: contents were not compared.")
+    if volume.bytes[found.codec] > found.free:
+        show.out.print(f"{found.codec} does not fit; {found.advice or 'nothing'} would.")
+
+
+def _print_problems(problems: Sequence[Problem], where: str, most: int = 20) -> None:
+    for problem in problems[:most]:
+        show.err.print(f"left out: {problem}", markup=False)
+    if len(problems) > most:
+        show.err.print(f"... and {len(problems) - most:,} more{where}")
 
 
 def print_report(report: EmbedReport) -> None:
     """What was left out and why, and what the store holds now."""
-    for problem in report.problems[:20]:
-        show.err.print(f"left out: {problem}")
-    if len(report.problems) > 20:
-        show.err.print(
-            f"... and {len(report.problems) - 20} more; pictures are listed in {report.store}/failures.jsonl"
-        )
+    _print_problems(report.problems, f"; pictures are listed in {report.store}/failures.jsonl")
     summary, info = report.summary, report.info
     show.out.print(
         f"{summary.new:,} pictures encoded ({summary.slices:,} slices), {summary.reused:,} were there, "

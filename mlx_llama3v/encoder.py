@@ -9,6 +9,7 @@ from mlx_llama3v.config import ModelConfig, TilingConfig
 from mlx_llama3v.embeddings.writer import Post
 from mlx_llama3v.projected import Projected
 from mlx_llama3v.vision.encode import Encoder
+from mlx_llama3v.vision.families import make_encoder
 from mlx_llama3v.vision.pool import Pool
 
 
@@ -17,9 +18,7 @@ def load_encoder(model: str | Path, *, max_slices: int | None = None, offline: b
     path = resolve(model, offline=offline)
     config = load_config(path)
     tiling = config.tiling if max_slices is None else TilingConfig(config.tiling.mode, max_slices)
-    return Encoder(
-        load_tower(path), config.vision_config, config.image, tiling, config.vision_feature_layer, config.patch_pool
-    )
+    return make_encoder(load_tower(path), config, tiling)
 
 
 def load_post(config: ModelConfig, pool: int | None, after_projector: Path | None) -> Post | None:

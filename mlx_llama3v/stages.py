@@ -8,17 +8,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mlx_llama3v import estimate
 from mlx_llama3v.ahead import Ahead, AheadConfig
 from mlx_llama3v.checkpoint import load_config, load_model, load_run, resolve
 from mlx_llama3v.config import ModelConfig
-from mlx_llama3v.data.llava import folder_images, image_paths, read_records
+from mlx_llama3v.data.dataset import DataSet, read_data
 from mlx_llama3v.data.records import Problem, Record
+from mlx_llama3v.data.sources import Refused
 from mlx_llama3v.embeddings.embed import EmbedProgress, EmbedSummary, embed_images
 from mlx_llama3v.embeddings.ranks import Ranks
-from mlx_llama3v.embeddings.store import Reader, Store
+from mlx_llama3v.embeddings.store import MANIFEST, Reader, Store
 from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.encoder import load_encoder, load_post
 from mlx_llama3v.errors import DataError, RunError, StoreError
+from mlx_llama3v.estimate import Estimate, Form
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.projected import projector_digest, stored_config
 from mlx_llama3v.text.tokens import Tokens
@@ -38,12 +41,66 @@ class EmbedReport:
     problems: tuple[Problem, ...]
 
 
+def estimate_data(
+    model: str | Path,
+    data: Path,
+    output: Path,
+    *,
+    image_folder: Path | None = None,
+    allow_outside: bool = False,
+    codec: str = "float16",
+    pool: int | None = None,
+    after_projector: Path | None = None,
+    batch_size: int = 16,
+    workers: int = 2,
+    max_slices: int | None = None,
+    offline: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Estimate:
+    """What `embed_data` with these settings would cost. Reads headers, and encodes a few batches. Raises UserError."""
+    read = read_data(data)
+    pictures = read.pictures(image_folder, allow_outside=allow_outside)
+    have = frozenset(Store(output).names) if (output / MANIFEST).exists() else frozenset()
+    left = {name: source for name, source in pictures.items() if name not in have}
+    config = load_config(resolve(model, offline=offline))
+    form = _form(config, max_slices, pool, after_projector)
+    found = estimate.scan(left, config.image, progress=progress)
+    volume = estimate.volume(found.sizes, form)
+    sample = {name: source for name, source in left.items() if name not in found.unreadable}
+    encoder = load_encoder(model, max_slices=max_slices, offline=offline)
+    speed = estimate.measure(estimate.evenly(sample, 4 * batch_size), encoder, batch_size)
+    free = estimate.free_bytes(output)
+    fits = volume.bytes[codec] <= free
+    return Estimate(
+        reused=len(pictures) - len(left),
+        unreadable=found.unreadable,
+        problems=(*read.problems, *(Problem(name, why) for name, why in found.unreadable.items())),
+        volume=volume,
+        speed=speed,
+        seconds=estimate.duration(volume, speed, workers),
+        free=free,
+        codec=codec,
+        max_slices=form.tiling.max_slices,
+        advice="" if fits else estimate.advice(found.sizes, form, codec, free),
+        scan_seconds=found.seconds,
+    )
+
+
+def _form(config: ModelConfig, max_slices: int | None, pool: int | None, after_projector: Path | None) -> Form:
+    """How embeddings will be made and held."""
+    tiling = config.tiling if max_slices is None else replace(config.tiling, max_slices=max_slices)
+    projector = config.projector_config if after_projector is not None else None
+    return Form(config.vision_config, tiling, pool or config.patch_pool, projector)
+
+
 def embed_data(
     model: str | Path,
     data: Path,
     output: Path,
     *,
     image_folder: Path | None = None,
+    allow_outside: bool = False,
+    check_disk: bool = True,
     codec: str = "float16",
     pool: int | None = None,
     after_projector: Path | None = None,
@@ -54,37 +111,39 @@ def embed_data(
     offline: bool = False,
     progress: Callable[[EmbedProgress], None] | None = None,
 ) -> EmbedReport:
-    """Encode every picture of `data` (LLaVA JSON or JSONL, or a folder) into the store `output`.
+    """Encode every picture of `data` (see data.dataset.read_data) into the store `output`.
 
     A store that exists goes on. Raises UserError: no such data, a store of another encoder, a full disk.
 
     Args:
+        allow_outside: read pictures that lie outside `image_folder`, too (data.llava.search_folders).
+        check_disk: refuse to start what the disk cannot hold.
         pool: store the mean over pool x pool patches; default: the model's own (`patch_pool`).
         shard_bytes: what a kill loses at most.
         after_projector: a run (or its projector.safetensors): store that projector's output, for stage sft.
     """
-    problems: list[Problem] = []
-    if data.is_dir():
-        images = folder_images(data)
-    else:
-        records = read_records(data)
-        problems += records.problems
-        images = image_paths(records, image_folder)
+    read = read_data(data)
+    images = read.pictures(image_folder, allow_outside=allow_outside)
     encoder = load_encoder(model, max_slices=max_slices, offline=offline)
-    post = load_post(load_config(resolve(model, offline=offline)), pool, after_projector)
+    config = load_config(resolve(model, offline=offline))
+    post = load_post(config, pool, after_projector)
     ranks = Ranks(output)
     mine = ranks.share(images)
     with StoreWriter(ranks.target, encoder.fingerprint(), codec, shard_bytes, post) as writer:
+        if check_disk:
+            todo = {name: source for name, source in mine.items() if not writer.has(name)}
+            form = _form(config, max_slices, pool, after_projector)
+            estimate.require_room(todo, config.image, form, codec, output, ranks.size)
         summary = embed_images(mine.items(), encoder, writer, batch_size=batch_size, workers=workers, progress=progress)
     ranks.collect()
     store = Store(output)
     failed = [Problem(name, reason) for name, reason in store.failures.items() if name in images]
-    return EmbedReport(output, summary, store.info(), (*problems, *failed))
+    return EmbedReport(output, summary, store.info(), (*read.problems, *failed))
 
 
 def picture_names(data: Path) -> list[str]:
     """Names of all pictures of a data set, as a store knows them. Raises DataError."""
-    return [*folder_images(data)] if data.is_dir() else [*read_records(data).images]
+    return [*read_data(data).names]
 
 
 def train_stage(
@@ -110,7 +169,7 @@ def train_stage(
     path = resolve(model, offline=offline)
     if config.stage == "sft" and projector is None:
         raise RunError("stage sft keeps the projector frozen; give a trained one with --projector RUN.")
-    records = read_records(data)
+    records = read_data(data)
     if not records.records:
         why = f"; the first problem: {records.problems[0]}" if records.problems else ""
         raise DataError(f"{data} has no record to train on{why}.")
@@ -119,11 +178,23 @@ def train_stage(
         if ahead is None:
             store = Store(embeddings)
         else:
-            images = image_paths(records, image_folder)
+            images = _files(records, image_folder)
             always = _held_out_images(records.records, config)
             store = stack.enter_context(Ahead(embeddings, ahead, images, always)).store
         result = _train(path, store, records.records, output, config, projector, resume, callbacks, str(data))
     return replace(result, problems=(*records.problems, *result.problems))
+
+
+def _files(data: DataSet, image_folder: Path | None) -> dict[str, Path]:
+    """Where the pictures lie, each in a file of its own, as the process ahead needs them. Raises RunError."""
+    found: dict[str, Path] = {}
+    for name, source in data.pictures(image_folder).items():
+        if isinstance(source, Refused):
+            raise RunError(f"{data.path}: {name!r} cannot be embedded ahead: {source.reason}.")
+        if not isinstance(source, Path):
+            raise RunError(f"{data.path} holds its pictures itself ({source}); run `llama3v-mlx embed` on it first.")
+        found[name] = source
+    return found
 
 
 def _train(

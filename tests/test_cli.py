@@ -360,3 +360,15 @@ def test_convert_finished_model(cli: Cli, tmp_path: Path) -> None:
     assert (tmp_path / "m" / "config.json").is_file()
     refused(cli("convert", "--hf-path", source, "--vision", source, "--mlx-path", tmp_path / "n"), "--hf-path")
     refused(cli("convert", "--mlx-path", tmp_path / "n"), "--hf-path")
+
+
+# --- export
+
+
+def test_export(cli: Cli, tmp_path: Path) -> None:
+    from tests.hf_llava import make_llava
+
+    cli("convert", "--hf-path", make_llava(tmp_path / "hf"), "--mlx-path", tmp_path / "m")
+    outcome = cli("export", "--model", tmp_path / "m", "--output", tmp_path / "out")
+    assert str(tmp_path / "out") in outcome.out and (tmp_path / "out" / "processor_config.json").is_file()
+    refused(cli("export", "--model", tmp_path / "m", "--output", tmp_path / "p", "--format", "peft"), "--run")

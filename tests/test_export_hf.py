@@ -136,11 +136,13 @@ def test_the_exported_prompt_has_one_bos_and_our_markers(image: Path, tmp_path: 
 
     model = own_model(tmp_path)
     processor = AutoProcessor.from_pretrained(export_hf(model, tmp_path / "hf"))
-    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " hi "}]}]
+    shown = {"type": "image", "image": Image.open(image)}
+    asked = [{"role": "user", "content": [shown, {"type": "text", "text": " hi "}]}]
     plain = [{"role": "user", "content": "hi"}]
     markers = load_config(model).marker_ids
-    ids = processor.apply_chat_template([*asked, {"role": "assistant", "content": "ho"}, *plain], tokenize=True)
-    ids = np.array(ids["input_ids"]).reshape(-1).tolist() if not isinstance(ids, list) else np.array(ids).reshape(-1).tolist()
+    turns = [*asked, {"role": "assistant", "content": "ho"}, *plain]
+    found = processor.apply_chat_template(turns, tokenize=True, return_dict=True)
+    ids = np.array(found["input_ids"]).reshape(-1).tolist()
     bos = load(model).tokens.bos
     assert ids.count(bos) == 1
     assert [i for i in ids if i in markers] == [*markers[:2], *markers[2:4]]

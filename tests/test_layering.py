@@ -25,7 +25,7 @@ ORDER = (
     ("checkpoint",),
     ("data", "score", "encoder"),
     ("train", "inference"),
-    ("ahead",),
+    ("ahead", "estimate"),
     ("server",),
     ("stages",),
     ("weights",),

@@ -12,6 +12,7 @@ from mlx_llama3v.inference.session import Memory, Picture, Session
 from mlx_llama3v.tensors import read_tensors
 from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.vision.encode import Encoder
+from mlx_llama3v.vision.families import make_encoder
 
 
 def load(
@@ -39,9 +40,7 @@ def load_encoder(model: str | Path) -> Encoder:
     """The vision tower of a model directory with all that decides what it sees. Raises CheckpointError."""
     path = checkpoint.resolve(model)
     config, tower = checkpoint.load_config(path), checkpoint.load_tower(path)
-    return Encoder(
-        tower, config.vision_config, config.image, config.tiling, config.vision_feature_layer, config.patch_pool
-    )
+    return make_encoder(tower, config)
 
 
 def stream(session: Session, prompt: str, images: Sequence[Picture] = (), **sampling: Any) -> Iterator[str]:

@@ -32,6 +32,7 @@ from mlx_llama3v.server.pictures import read_picture
 from mlx_llama3v.server.schema import ChatRequest, Refusal, parse_chat, parse_json
 from mlx_llama3v.server.worker import Event, Ticket, Worker
 from mlx_llama3v.vision.image import image_size
+from mlx_llama3v.vision.pool import pooled_layout
 from mlx_llama3v.vision.tiling import plan
 
 PAGE = {"index.html": "text/html", "style.css": "text/css", "app.js": "text/javascript"}
@@ -292,7 +293,7 @@ def _slices(worker: Worker, content: bytes) -> dict[str, Any]:
         raise Refusal(str(error), "image") from error
     found = plan(*size, encoder.vision, encoder.tiling)
     layout, projector = found.layout, worker.model.config.projector_config
-    tokens = sum(projector.num_tokens(grid) for grid in layout.grids)
+    tokens = sum(projector.num_tokens(grid) for grid in pooled_layout(layout, encoder.pool).grids)
     return {
         "size": size,
         "overview": found.overview_px,

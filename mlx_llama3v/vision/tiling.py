@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from math import isqrt
+from math import ceil, isqrt, log, sqrt
 
 from mlx_llama3v.config import Grid, SliceLayout, TilingConfig, VisionConfig
 from mlx_llama3v.errors import CheckpointError
@@ -34,11 +34,13 @@ def plan(width: int, height: int, vision: VisionConfig, tiling: TilingConfig) ->
     No slice has more than `vision.grid ** 2` patches and there are at most `max_slices` tiles. Raises
     CheckpointError for an unknown mode.
     """
-    if tiling.mode == "squash":
+    if tiling.mode in ("squash", "pad"):  # "pad": of a picture that was made square before (families.py)
         side = (vision.grid, vision.grid)
         return Plan(SliceLayout(side), (vision.image_size, vision.image_size))
+    if tiling.mode == "minicpm":
+        return minicpm(width, height, vision.patch_size, tiling.max_slices)
     if tiling.mode != "uhd":
-        raise CheckpointError(f"tiling mode is {tiling.mode!r}, expected 'uhd' or 'squash'.")
+        raise CheckpointError(f"tiling mode is {tiling.mode!r}, expected 'uhd', 'squash', 'pad' or 'minicpm'.")
     cap, patch = vision.grid**2, vision.patch_size
     overview = _fit(width, height, cap)
     count = min(-(-width * height // vision.image_size**2), tiling.max_slices)
@@ -78,3 +80,46 @@ def _fit(width: int, height: int, cap: int) -> Grid:
     allowed = [(min(h, cap), min(w, cap // min(h, cap))) for h, w in sides]
     allowed += [(min(h, cap // min(w, cap)), min(w, cap)) for h, w in sides]
     return min(allowed, key=lambda grid: (_mismatch(width, height, grid[1], grid[0]), -grid[0] * grid[1]))
+
+
+_SIDE = 448  # pixels of the square whose area a slice of MiniCPM-V has
+
+
+def minicpm(width: int, height: int, patch: int, max_slices: int) -> Plan:
+    """MiniCPM-V 2.5's own splitting, floats and rounding included: its weights know these grids.
+
+    Slices may have more patches than a native square (up to about 1,070, long pictures far more).
+    """
+    count = min(ceil(width * height / _SIDE**2), max_slices)
+    whole = _near(width, height, patch, upscale=count <= 1)
+    if count <= 1:
+        return Plan(SliceLayout(_grid(whole, patch)), whole)
+    ways = [
+        (cols, tiles // cols)
+        for tiles in (count - 1, count, count + 1)
+        if tiles != 1 and tiles <= max_slices
+        for cols in range(1, tiles + 1)
+        if tiles % cols == 0
+    ]
+    shape = log(width / height)
+    cols, rows = min(ways, key=lambda way: abs(shape - log(way[0] / way[1])))
+    wide, high = _multiple(width, cols), _multiple(height, rows)
+    tile = _near(wide / cols, high / rows, patch, upscale=True)
+    return Plan(SliceLayout(_grid(whole, patch), rows, cols, _grid(tile, patch)), whole, tile)
+
+
+def _grid(size: Size, patch: int) -> Grid:
+    return size[1] // patch, size[0] // patch
+
+
+def _multiple(length: float, of: int) -> int:
+    return max(round(length / of) * of, of)
+
+
+def _near(width: float, height: float, patch: int, *, upscale: bool) -> Size:
+    """A size of the same shape: of _SIDE's area if larger (or `upscale`), sides multiples of the patch."""
+    if width * height > _SIDE**2 or upscale:
+        ratio = width / height
+        height = int(_SIDE / sqrt(ratio))
+        width = int(height * ratio)
+    return _multiple(width, patch), _multiple(height, patch)

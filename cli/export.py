@@ -1,0 +1,57 @@
+"""`llama3v-mlx export`: a model directory, or what a run trained, in the formats of other programs."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlx_llama3v.cli import show
+from mlx_llama3v.cli.options import Model, Offline, Run
+from mlx_llama3v.errors import CheckpointError
+
+
+class Format(str, Enum):
+    """What `export` writes."""
+
+    hf = "hf"
+    peft = "peft"
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(export)
+
+
+def export(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.", show_default=False)],
+    run: Run = None,
+    format: Annotated[
+        Format,
+        typer.Option(
+            "--format", help="hf: LlavaForConditionalGeneration with its processor; peft: the decoder's LoRA of --run."
+        ),
+    ] = Format.hf,
+    squash: Annotated[
+        bool, typer.Option("--squash", help="hf: export a model that splits pictures, to see one square only.")
+    ] = False,
+    offline: Offline = False,
+) -> None:
+    """Write a model so that other programs can use it.
+
+    Example: `llama3v-mlx export --model model --run runs/sft --format hf --output hf-model`
+    """
+    from mlx_llama3v.checkpoint import resolve
+    from mlx_llama3v.weights.export import export_hf
+    from mlx_llama3v.weights.peft import export_peft
+
+    path = resolve(model, offline=offline)
+    if format is Format.peft:
+        if run is None:
+            raise CheckpointError("--format peft exports what a run trained; expected --run.")
+        written = export_peft(path, run, output)
+    else:
+        written = export_hf(path, output, run=run, squash=squash)
+    show.out.print(f"Exported ({format.value}): {written}")

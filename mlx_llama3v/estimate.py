@@ -1,0 +1,288 @@
+"""What embedding a data set will cost, before any of it is done: slices, bytes on disk, time.
+
+Sizes come from the pictures' headers alone; all else follows from them by arithmetic, so one scan answers for every
+codec and every cap on slices. Equal files under two names are stored once but counted twice here: their contents are
+not read. The time is measured on a few pictures of the set, on this device.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mlx_llama3v.config import ImageConfig, ProjectorConfig, SliceLayout, TilingConfig, VisionConfig
+from mlx_llama3v.data.records import Problem
+from mlx_llama3v.data.sources import FilePart, Source
+from mlx_llama3v.embeddings.codec import CODECS, get_codec
+from mlx_llama3v.errors import ImageError, StoreError
+from mlx_llama3v.vision.encode import Encoder
+from mlx_llama3v.vision.image import image_size
+from mlx_llama3v.vision.pool import pooled_layout
+from mlx_llama3v.vision.tiling import Size, plan
+
+_CHUNK = 256  # pictures a thread takes at a time
+_INDEX_BYTES = 200  # a picture's share of a shard's index: hash, name, layout
+_SPARE_BYTES = 16 << 20  # that stay free: manifest, failures, the file system's own
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What the headers say."""
+
+    sizes: Mapping[Size, int]  # (width, height) -> how many pictures
+    unreadable: Mapping[str, str]  # name -> reason
+    seconds: float
+
+    @property
+    def pictures(self) -> int:
+        """Readable ones, by name."""
+        return sum(self.sizes.values())
+
+
+@dataclass(frozen=True)
+class Form:
+    """How embeddings are made and held, apart from the codec."""
+
+    vision: VisionConfig
+    tiling: TilingConfig
+    pool: int = 1
+    projector: ProjectorConfig | None = None  # whose output is stored
+
+    @property
+    def width(self) -> int:
+        """Values of one stored row."""
+        return self.projector.out_dim if self.projector is not None else self.vision.hidden_size
+
+    def rows(self, layout: SliceLayout) -> int:
+        """Stored rows of one picture."""
+        pooled = pooled_layout(layout, self.pool)
+        return pooled.patches if self.projector is None else sum(map(self.projector.num_tokens, pooled.grids))
+
+
+@dataclass(frozen=True)
+class Volume:
+    """What all pictures become."""
+
+    pictures: int
+    slices: int
+    patches: int  # that the tower makes
+    rows: int  # that are stored
+    bytes: Mapping[str, int]  # by codec
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured on this device; 0 where there was nothing to measure on."""
+
+    encode_seconds: float = 0.0  # a patch
+    slice_seconds: float = 0.0
+    prepare_seconds: float = 0.0  # a picture, on one core
+    slices: int = 0  # that were timed
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The whole answer."""
+
+    reused: int  # pictures that the store holds already; all below is of the others
+    unreadable: Mapping[str, str]  # name -> reason
+    problems: tuple[Problem, ...]  # of the data and of its pictures
+    volume: Volume
+    speed: Speed
+    seconds: float  # for all pictures
+    free: int  # bytes on the store's disk
+    codec: str
+    max_slices: int
+    advice: str  # the smaller store that would fit, where the one that was asked for does not
+    scan_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        values = asdict(replace(self, unreadable={}, problems=(), volume=replace(self.volume, bytes={})))
+        volume = values.pop("volume") | {"bytes": dict(self.volume.bytes)}
+        fits = {name: size <= self.free for name, size in self.volume.bytes.items()}
+        left_out = {"unreadable": dict(self.unreadable), "problems": list(map(str, self.problems))}
+        return values | volume | {"fits": fits} | left_out
+
+
+def scan(
+    pictures: Mapping[str, Source],
+    config: ImageConfig,
+    *,
+    threads: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scan:
+    """Read the size of every picture from its header. `progress` is told (done, total), in this thread.
+
+    Threads overlap the disk's delays; Pillow needs about 30 µs a header.
+    """
+    started = time.perf_counter()
+    sizes: Counter[Size] = Counter()
+    unreadable: dict[str, str] = {}
+    items, done = iter(pictures.items()), 0
+
+    def measure(chunk: Sequence[tuple[str, Source]]) -> list[tuple[str, Size | str]]:
+        return [(name, _size(source, config.max_pixels)) for name, source in chunk]
+
+    chunks = iter(lambda: list(islice(items, _CHUNK)), [])
+    with ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool:
+        for found in pool.map(measure, chunks):
+            for name, size in found:
+                if isinstance(size, str):
+                    unreadable[name] = size
+                else:
+                    sizes[size] += 1
+            done += len(found)
+            if progress is not None:
+                progress(done, len(pictures))
+    return Scan(sizes, unreadable, time.perf_counter() - started)
+
+
+def _size(source: Source, max_pixels: int) -> Size | str:
+    """(width, height), or why there is none."""
+    try:
+        if isinstance(source, Path):
+            return image_size(source, max_pixels)
+        if isinstance(source, FilePart):
+            try:
+                return image_size(source.head(), max_pixels)
+            except ImageError:  # a header longer than that, or a format that wants the whole file
+                pass
+        return image_size(source.read(), max_pixels)
+    except (ImageError, OSError, ValueError) as error:
+        return (getattr(error, "strerror", None) or str(error)).rstrip(".")
+
+
+def volume(sizes: Mapping[Size, int], form: Form) -> Volume:
+    """Count slices and bytes; no picture is touched."""
+    slices = patches = rows = 0
+    for size, count in sizes.items():
+        layout = plan(*size, form.vision, form.tiling).layout
+        slices += count * len(layout.grids)
+        patches += count * layout.patches
+        rows += count * form.rows(layout)
+    pictures = sum(sizes.values())
+    fixed = pictures * _INDEX_BYTES
+    sizes_by_codec = {name: fixed + rows * get_codec(name).row_bytes(form.width) for name in CODECS}
+    return Volume(pictures, slices, patches, rows, sizes_by_codec)
+
+
+def most_bytes(pictures: int, form: Form, codec: str) -> int:
+    """What no set of that many pictures exceeds: all of them split as far as the cap allows."""
+    layout = SliceLayout((form.vision.grid,) * 2, 1, form.tiling.max_slices, (form.vision.grid,) * 2)
+    if form.tiling.mode != "uhd":
+        layout = SliceLayout(layout.overview)
+    rows = max(form.rows(layout), layout.patches)  # a long slice pools into more rows than a square one
+    return pictures * (_INDEX_BYTES + rows * get_codec(codec).row_bytes(form.width))
+
+
+def measure(
+    pictures: Iterable[Source], encoder: Encoder, batch_size: int, *, batches: int = 3, limit_seconds: float = 20.0
+) -> Speed:
+    """Prepare and encode a few batches of real pictures; unreadable ones are passed over.
+
+    One batch warms up (kernels, caches) and is not counted, unless it is all there is or takes too long for more.
+    """
+    slices: list[Any] = []
+    prepared, prepare_seconds = 0, 0.0
+    for source in pictures:
+        started = time.perf_counter()
+        try:
+            layout, found = encoder.prepare(source if isinstance(source, Path) else source.read())
+        except (ImageError, OSError, ValueError):
+            continue
+        prepare_seconds += time.perf_counter() - started
+        prepared += 1
+        slices += zip(layout.grids, found, strict=True)
+        if len(slices) >= batches * batch_size:
+            break
+    if not slices:
+        return Speed()
+
+    def timed(chosen: list[Any]) -> float:
+        started = time.perf_counter()
+        encoder.encode(chosen, batch_size)
+        return time.perf_counter() - started
+
+    chosen = slices[:batch_size]
+    seconds = timed(chosen)
+    if seconds < limit_seconds:
+        chosen = slices[: batch_size * max(1, min(batches, int(limit_seconds / max(seconds, 1e-9))))]
+        seconds = timed(chosen)
+    patches = sum(len(rows) for _, rows in chosen)
+    return Speed(seconds / patches, seconds / len(chosen), prepare_seconds / prepared, len(chosen))
+
+
+def evenly(pictures: Mapping[str, Source], count: int) -> list[Source]:
+    """`count` of them, spread over the set."""
+    step = max(1, len(pictures) // max(1, count))
+    return list(pictures.values())[::step][:count]
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk on which `path` lies or will lie."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return max(0, shutil.disk_usage(place).free - _SPARE_BYTES)
+
+
+def advice(sizes: Mapping[Size, int], form: Form, codec: str, free: int) -> str:
+    """The options under which the store fits: a smaller codec first, then a lower cap, then both; empty for none."""
+    smaller = sorted(CODECS, key=lambda name: get_codec(name).row_bytes(form.width))
+    smaller = [
+        name for name in smaller if get_codec(name).row_bytes(form.width) < get_codec(codec).row_bytes(form.width)
+    ]
+    caps = range(form.tiling.max_slices - 1, -1, -1) if form.tiling.mode == "uhd" else ()
+    whole = volume(sizes, form).bytes
+    for name in reversed(smaller):  # the largest that fits loses least
+        if whole[name] <= free:
+            return f"--codec {name}"
+    for names in ((codec,), tuple(reversed(smaller))):
+        for cap in caps:
+            bytes_ = volume(sizes, replace(form, tiling=replace(form.tiling, max_slices=cap))).bytes
+            for name in names:
+                if bytes_[name] <= free:
+                    return f"--max-slices {cap}" + (f" --codec {name}" if name != codec else "")
+    return ""
+
+
+def require_room(
+    pictures: Mapping[str, Source], image: ImageConfig, form: Form, codec: str, output: Path, ranks: int = 1
+) -> None:
+    """Refuse what the disk cannot hold. Raises StoreError that names options under which it would fit.
+
+    Headers are read only where the largest that these pictures can become would not fit. `ranks` processes with a
+    part of this size each share the disk.
+    """
+    free = free_bytes(output) // ranks
+    if most_bytes(len(pictures), form, codec) <= free:
+        return
+    found = scan(pictures, image)
+    needed = volume(found.sizes, form).bytes[codec]
+    if needed <= free:
+        return
+    options = advice(found.sizes, form, codec, free)
+    way = f"{options} would fit" if options else "no codec or cap on slices would fit: free some space"
+    raise StoreError(
+        f"{output} would need {_gigabytes(needed)} for {found.pictures:,} pictures, its disk has {_gigabytes(free)} "
+        f"free; {way} (--no-check-disk starts all the same)."
+    )
+
+
+def duration(volume: Volume, speed: Speed, workers: int) -> float:
+    """Seconds for all: encoding and preparing overlap, the slower one counts."""
+    cores = max(1, min(workers, os.cpu_count() or 1))
+    return max(volume.patches * speed.encode_seconds, volume.pictures * speed.prepare_seconds / cores)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
