@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,7 +38,8 @@ def convert(
     quantize: Annotated[bool, typer.Option("-q", "--quantize", help="Quantize the decoder.")] = False,
     q_bits: Annotated[int, typer.Option("--q-bits", help="Bits per weight.")] = 4,
     q_group_size: Annotated[
-        int | None, typer.Option("--q-group-size", help="Weights that share a scale; default 64, mxfp4: 32.", show_default=False)
+        int | None,
+        typer.Option("--q-group-size", help="Weights that share a scale; default 64, mxfp4: 32.", show_default=False),
     ] = None,
     q_mode: Annotated[str, typer.Option("--q-mode", help="affine or mxfp4.")] = "affine",
     dtype: Annotated[
@@ -48,7 +49,15 @@ def convert(
     seed: Annotated[int, typer.Option("--seed", help="Seed of the fresh projector.")] = 0,
     prompt_layout: Annotated[
         str | None,
-        typer.Option("--prompt-layout", help="With --hf-path: another prompt than the checkpoint's.", show_default=False),
+        typer.Option(
+            "--prompt-layout", help="With --hf-path: another prompt than the checkpoint's.", show_default=False
+        ),
+    ] = None,
+    vision_mode: Annotated[
+        str | None,
+        typer.Option(
+            "--vision-mode", help="With --hf-path, MiniCPM-V 2.5: strip (as published) or strip-2d.", show_default=False
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="With --hf-path: show family, names and sizes; write nothing.")
@@ -65,12 +74,19 @@ def convert(
     if hf_path is not None:
         if vision is not None or llm is not None:
             raise CheckpointError("--hf-path is a whole model; leave --vision and --llm out.")
-        _finished(hf_path, mlx_path, quant, dtype, prompt_layout, offline, dry_run)
+        options: dict[str, Any] = {
+            "quantize": quant,
+            "dtype": dtype,
+            "prompt_layout": prompt_layout,
+            "vision_mode": vision_mode,
+            "offline": offline,
+        }
+        _finished(hf_path, mlx_path, dry_run, options)
         return
     if vision is None or llm is None:
         raise CheckpointError("expected --vision and --llm, or --hf-path for a finished model.")
-    if dry_run or prompt_layout:
-        raise CheckpointError("--dry-run and --prompt-layout go with --hf-path only.")
+    if dry_run or prompt_layout or vision_mode:
+        raise CheckpointError("--dry-run, --prompt-layout and --vision-mode go with --hf-path only.")
     with show.bar("convert", "MB") as bar:
         report = convert_checkpoints(
             vision,
@@ -87,28 +103,17 @@ def convert(
     print_report(report)
 
 
-def _finished(
-    hf_path: str,
-    mlx_path: Path,
-    quant: QuantConfig | None,
-    dtype: str | None,
-    prompt_layout: str | None,
-    offline: bool,
-    dry_run: bool,
-) -> None:
+def _finished(hf_path: str, mlx_path: Path, dry_run: bool, options: dict[str, Any]) -> None:
     """Convert a finished model, or say what that would do."""
     if dry_run:
-        print_plan(plan_vlm(hf_path, quantize=quant, dtype=dtype, prompt_layout=prompt_layout, offline=offline))
+        print_plan(plan_vlm(hf_path, **options))
         return
     with show.bar("convert", "MB") as bar:
         report = convert_vlm(
             hf_path,
             mlx_path,
-            quantize=quant,
-            dtype=dtype,
-            prompt_layout=prompt_layout,
-            offline=offline,
             progress=lambda done, total: bar.update(done // 10**6, total // 10**6),
+            **options,
         )
     show.out.print(f"{report.config.sources['family']}, prompt layout {report.config.prompt_layout.name}.")
     print_report(report)
@@ -150,4 +155,9 @@ def print_report(report: ConvertReport) -> None:
         )
         kept = f"; {len(left)} layers kept their precision" if left else ""
         show.out.print(f"{len(report.quantized)} layers quantized, {report.bits_per_weight:.2f} bits per weight{kept}.")
+    if report.probe:
+        show.out.print(
+            f"On a probe sentence the logits moved by {report.probe.change:.1%} of their spread; "
+            f"the likeliest token stayed at {report.probe.agreement:.0%} of the positions."
+        )
     show.out.print(f"Model directory: {report.path}")

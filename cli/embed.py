@@ -11,6 +11,7 @@ import typer
 from mlx_llama3v.cli import show
 from mlx_llama3v.cli.options import Config, MaxSlices, Model, Offline
 from mlx_llama3v.data.records import Problem
+from mlx_llama3v.embeddings.codec import DEFAULT as DEFAULT_CODEC
 from mlx_llama3v.errors import DataError
 from mlx_llama3v.estimate import Estimate
 from mlx_llama3v.stages import EmbedReport, embed_data, estimate_data
@@ -40,7 +41,7 @@ def embed(
     codec: Annotated[
         Literal["float16", "int8", "int4"],
         typer.Option("--codec", help="How embeddings are held: int8 is half of float16, int4 0.28 of it."),
-    ] = "float16",
+    ] = DEFAULT_CODEC,  # type: ignore[assignment]
     pool: Annotated[
         int | None,
         typer.Option("--pool", min=1, help="Store the mean over N x N patches.", show_default=False),

@@ -11,6 +11,7 @@ from rich.text import Text
 from mlx_llama3v.ahead import AheadConfig
 from mlx_llama3v.cli import show
 from mlx_llama3v.cli.options import Config, Model, Offline, byte_count, settings_options
+from mlx_llama3v.embeddings.codec import DEFAULT as DEFAULT_CODEC
 from mlx_llama3v.errors import RunError
 from mlx_llama3v.stages import train_stage
 from mlx_llama3v.train.config import TrainConfig
@@ -45,7 +46,7 @@ def train(
     ] = "50GB",
     codec: Annotated[
         Literal["float16", "int8", "int4"], typer.Option("--codec", help="How --embed-ahead holds embeddings.")
-    ] = "float16",
+    ] = DEFAULT_CODEC,  # type: ignore[assignment]
     projector: Annotated[
         Path | None,
         typer.Option("--projector", help="Run (or file) to take the projector from; sft needs one."),

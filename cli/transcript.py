@@ -11,7 +11,7 @@ from mlx_llama3v.errors import DataError
 
 _HEAD = "# Conversation with llama3v-mlx"
 _SECTIONS = ("System", "Question", "Answer")
-_PICTURE = re.compile(r"!\[\]\(<(.*)>\)")
+_PICTURE = re.compile(r"^!\[\]\(<(.*)>\)$", re.M)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from safetensors.numpy import load, save
 
 from mlx_llama3v.checkpoint import load_config, resolve
 from mlx_llama3v.config import SliceLayout
+from mlx_llama3v.embeddings.codec import DEFAULT as DEFAULT_CODEC
 from mlx_llama3v.embeddings.codec import get_codec
 from mlx_llama3v.embeddings.embed import embed_images
 from mlx_llama3v.embeddings.rolling import RollingStore, RollingWriter, read_name
@@ -53,7 +54,7 @@ class AheadConfig:
 
     model: str
     budget: int  # bytes of shards on disk
-    codec: str = "float16"
+    codec: str = DEFAULT_CODEC
     pool: int | None = None
     after_projector: str | None = None
     max_slices: int | None = None

@@ -15,6 +15,7 @@ from mlx_llama3v.config import ModelConfig
 from mlx_llama3v.data.dataset import DataSet, read_data
 from mlx_llama3v.data.records import Problem, Record
 from mlx_llama3v.data.sources import Refused
+from mlx_llama3v.embeddings.codec import DEFAULT as DEFAULT_CODEC
 from mlx_llama3v.embeddings.embed import EmbedProgress, EmbedSummary, embed_images
 from mlx_llama3v.embeddings.ranks import Ranks
 from mlx_llama3v.embeddings.store import MANIFEST, Reader, Store
@@ -48,7 +49,7 @@ def estimate_data(
     *,
     image_folder: Path | None = None,
     allow_outside: bool = False,
-    codec: str = "float16",
+    codec: str = DEFAULT_CODEC,
     pool: int | None = None,
     after_projector: Path | None = None,
     batch_size: int = 16,
@@ -101,7 +102,7 @@ def embed_data(
     image_folder: Path | None = None,
     allow_outside: bool = False,
     check_disk: bool = True,
-    codec: str = "float16",
+    codec: str = DEFAULT_CODEC,
     pool: int | None = None,
     after_projector: Path | None = None,
     shard_bytes: int = 512 << 20,

@@ -119,7 +119,10 @@ def reference(directory: Path, image: Path, question: str, max_tokens: int = 8) 
             max_new_tokens=max_tokens,
             do_sample=False,
             pad_token_id=0,
-            eos_token_id=[tokenizer.convert_tokens_to_ids("<|eot_id|>"), tokenizer.convert_tokens_to_ids("<|end_of_text|>")],
+            eos_token_id=[
+                tokenizer.convert_tokens_to_ids("<|eot_id|>"),
+                tokenizer.convert_tokens_to_ids("<|end_of_text|>"),
+            ],
         )
     answer = out[0, ids.shape[1] :].tolist()
     return logits, answer

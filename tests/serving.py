@@ -92,6 +92,14 @@ def serving(directory: Path, **limits: Any) -> Iterator[Served]:
         thread.join(20)
 
 
+@contextmanager
+def endless(served: Served) -> Iterator[None]:
+    """The model never ends an answer by itself."""
+    stop, served.worker.tokens.stop = served.worker.tokens.stop, frozenset()
+    yield
+    served.worker.tokens.stop = stop
+
+
 def wait_until(true: Any, seconds: float = 10.0) -> bool:
     """Whether `true()` comes to hold."""
     ends = time.monotonic() + seconds

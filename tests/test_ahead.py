@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(model: Path, data: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Store:
     path = tmp_path_factory.mktemp("whole") / "store"
-    embed_data(model, data.captions, path, image_folder=data.images)
+    embed_data(model, data.captions, path, image_folder=data.images, codec="float16")
     return Store(path)
 
 
@@ -66,7 +66,7 @@ def test_every_read_is_what_a_full_store_gives(model: Path, data: DataSet, whole
     paths = images(data)
     run = turns([*paths], epochs=2)
     assert sum(shard.bytes for shard in whole.shards) > 3 * BUDGET
-    with Ahead(tmp_path, AheadConfig(str(model), BUDGET), paths) as ahead:
+    with Ahead(tmp_path, AheadConfig(str(model), BUDGET, "float16"), paths) as ahead:
         store = ahead.store
         assert len(store) == 60 and store.width == whole.width and not store.failures
         assert all(store.layout(name) == whole.layout(name) for name in paths)
@@ -100,7 +100,7 @@ def test_a_resumed_run_reads_from_its_own_turn(model: Path, data: DataSet, whole
 def test_held_out_pictures_are_there_at_any_time(model: Path, data: DataSet, whole: Store, tmp_path: Path) -> None:
     paths = images(data)
     always = [*paths][:5]
-    with Ahead(tmp_path, AheadConfig(str(model), BUDGET), paths, always) as ahead:
+    with Ahead(tmp_path, AheadConfig(str(model), BUDGET, "float16"), paths, always) as ahead:
         for name in always:
             np.testing.assert_allclose(ahead.store.read(name).patches, whole.read(name).patches, rtol=2e-3, atol=2e-3)
 
@@ -112,7 +112,7 @@ def test_unreadable_pictures_are_told_before_or_blank(model: Path, data: DataSet
     half = tmp_path / "half.png"
     half.write_bytes(paths[names[1]].read_bytes()[:-300])  # a good header, a bad end
     paths |= {"no.png": tmp_path / "no.png", "half.png": half}
-    with Ahead(tmp_path / "ahead", AheadConfig(str(model), BUDGET), paths) as ahead:
+    with Ahead(tmp_path / "ahead", AheadConfig(str(model), BUDGET, "float16"), paths) as ahead:
         store = ahead.store
         assert [*store.failures] == ["no.png"] and "no.png" not in store and "half.png" in store
         store.expect([(0, [names[0], "half.png"]), (1, [names[2]])])
@@ -125,7 +125,7 @@ def test_unreadable_pictures_are_told_before_or_blank(model: Path, data: DataSet
 
 def test_an_encoder_that_dies_is_an_error_not_a_hang(model: Path, data: DataSet, tmp_path: Path) -> None:
     paths = images(data)
-    with Ahead(tmp_path, AheadConfig(str(model), BUDGET), paths) as ahead:
+    with Ahead(tmp_path, AheadConfig(str(model), BUDGET, "float16"), paths) as ahead:
         ahead.store.expect(turns([*paths], epochs=50))
         ahead.store.begin(2)
         assert ahead._process is not None
@@ -137,7 +137,7 @@ def test_an_encoder_that_dies_is_an_error_not_a_hang(model: Path, data: DataSet,
 
 def test_the_encoder_ends_with_its_parent(model: Path, data: DataSet, tmp_path: Path) -> None:
     paths = images(data)
-    ahead = Ahead(tmp_path, AheadConfig(str(model), BUDGET), paths)
+    ahead = Ahead(tmp_path, AheadConfig(str(model), BUDGET, "float16"), paths)
     ahead.store.expect(turns([*paths], epochs=50))
     ahead.store.begin(0)
     process = ahead._process
@@ -153,7 +153,7 @@ def settings(**more: Any) -> TrainConfig:
 
 def test_a_run_is_that_of_a_full_store(model: Path, data: DataSet, whole: Store, tmp_path: Path) -> None:
     full = train_stage(model, data.captions, whole.path, tmp_path / "full", settings())
-    config = AheadConfig(str(model), BUDGET)
+    config = AheadConfig(str(model), BUDGET, "float16")
     ours = train_stage(
         model, data.captions, tmp_path / "ahead", tmp_path / "run", settings(), ahead=config, image_folder=data.images
     )

@@ -180,7 +180,7 @@ def test_embed_mistakes(cli: Cli, world: World, tmp_path: Path) -> None:
 
 def test_store_info_and_verify(cli: Cli, world: World) -> None:
     values = json.loads(cli("store", "info", world.store, "--json").out)
-    assert values["images"] == 8 and values["codec"] == "float16"
+    assert values["images"] == 8 and values["codec"] == "int4"
     assert {"slices", "tokens", "bytes"} <= values.keys()
     assert "images" in cli("store", "info", world.store).out
     assert "whole" in cli("store", "verify", world.store).out

@@ -44,7 +44,9 @@ def test_clip_is_refused_by_its_config(llava: Path, tmp_path: Path) -> None:
 
 
 def test_clip_is_refused_by_its_keys(llava: Path, tmp_path: Path) -> None:
-    clip = edit(copy(llava, tmp_path / "x"), lambda w: w.update({"vision_tower.embeddings.class_embedding": mx.zeros(32)}))
+    clip = edit(
+        copy(llava, tmp_path / "x"), lambda w: w.update({"vision_tower.embeddings.class_embedding": mx.zeros(32)})
+    )
     assert "CLIP" in sentence(clip, tmp_path / "m")
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,14 +93,20 @@ def test_a_disk_that_fills_up_keeps_what_is_complete(model: Path, data: DataSet,
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("no mount allowed here")
+    settings: dict[str, Any] = {
+        "image_folder": data.images,
+        "shard_bytes": SHARD_BYTES,
+        "codec": "float16",
+        "check_disk": False,
+    }
     try:
         with pytest.raises(StoreError) as caught:
-            embed_data(model, data.captions, disk / "store", image_folder=data.images, shard_bytes=SHARD_BYTES)
+            embed_data(model, data.captions, disk / "store", **settings)
         assert "No space left on device" in str(caught.value) and "\n" not in str(caught.value)
         have = Store(disk / "store")
         assert not verify(disk / "store") and len(have) > 0
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-        report = embed_data(model, data.captions, disk / "store", image_folder=data.images, shard_bytes=SHARD_BYTES)
+        report = embed_data(model, data.captions, disk / "store", **settings)
         assert report.summary.reused == len(have) and len(Store(disk / "store")) == 90
     finally:
         subprocess.run(["umount", str(disk)], check=True)

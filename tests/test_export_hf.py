@@ -160,7 +160,14 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path: Path) -> None:
     assert "--squash" in sentence(uhd)
     assert load_config(uhd).tiling.mode == "uhd"
     assert export_hf(uhd, tmp_path / "squashed", squash=True).is_dir()
-    convert(tmp_path / "a/siglip", tmp_path / "a/llama", tmp_path / "q", projector="mlp", tiling=SQUASH, quantize=QuantConfig(4, 32))
+    convert(
+        tmp_path / "a/siglip",
+        tmp_path / "a/llama",
+        tmp_path / "q",
+        projector="mlp",
+        tiling=SQUASH,
+        quantize=QuantConfig(4, 32),
+    )
     assert "quantized" in sentence(tmp_path / "q")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()

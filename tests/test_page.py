@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving import MODEL, Served, make_directory, png, serving, wait_until
+from tests.serving import MODEL, Served, endless, make_directory, png, serving, wait_until
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
@@ -105,11 +105,12 @@ def test_a_conversation_with_a_picture(page: Page, served: Served, picture: Path
 
 def test_it_streams_and_stops(page: Page, served: Served) -> None:
     page.set(max_tokens=3000, temperature=2, seed=1)
-    page.ask("Go on")
-    assert wait_until(lambda: len(page.answers()) == 1 and len(page.answers()[0]) > 20)
-    first = page.answers()[0]
-    assert wait_until(lambda: len(page.answers()[0]) > len(first)) and page.one("#stop").is_displayed()
-    page.one("#stop").click()
+    with endless(served):
+        page.ask("Go on")
+        assert wait_until(lambda: len(page.answers()) == 1 and len(page.answers()[0]) > 20)
+        first = page.answers()[0]
+        assert wait_until(lambda: len(page.answers()[0]) > len(first)) and page.one("#stop").is_displayed()
+        page.one("#stop").click()
     assert page.idle(1) and "stopped" in page.one(".assistant .note").text
     assert wait_until(lambda: served.worker.load == 0, 2)
 

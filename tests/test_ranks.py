@@ -39,10 +39,10 @@ def test_two_ranks_fill_one_store(tmp_path: Path) -> None:
     rows.append({**rows[1], "id": "gone", "image": "gone.png"})
     data.captions.write_text(json.dumps(rows))
     model = convert(TINY / "siglip", TINY / "llama", tmp_path / "model").path
-    embed_data(model, data.captions, tmp_path / "one", image_folder=data.images)
+    embed_data(model, data.captions, tmp_path / "one", image_folder=data.images, codec="float16")
     done = launch(
         *("embed", "--model", str(model), "--data", str(data.captions), "--image-folder", str(data.images)),
-        *("--output", str(tmp_path / "two")),
+        *("--output", str(tmp_path / "two"), "--codec", "float16"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     one, two = Store(tmp_path / "one"), Store(tmp_path / "two")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mlx_llama3v.inference import Sampling, Session
-from tests.serving import MODEL, Served, make_directory, png, question, serving, wait_until
+from tests.serving import MODEL, Served, endless, make_directory, png, question, serving, wait_until
 
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
@@ -143,7 +143,7 @@ def test_the_prefix_memory_is_bounded(directory: Path) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_place(directory: Path, stream: bool) -> None:
-    with serving(directory, max_batch=1, max_queue=0) as one:
+    with serving(directory, max_batch=1, max_queue=0) as one, endless(one):
         body = {"messages": [question("Go on")], "max_tokens": 3900, "stream": stream, "temperature": 2, "seed": 1}
         leaving = threading.Event()
 

@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from mlx_llama3v.errors import RunError
 from mlx_llama3v.server.config import ServeConfig
-from tests.serving import MODEL, Served, data_uri, make_directory, png, question, serving, wait_until
+from tests.serving import MODEL, Served, data_uri, endless, make_directory, png, question, serving, wait_until
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
@@ -68,7 +68,9 @@ def test_unknown_and_unsupported_fields(served: Served) -> None:
         assert response.json()["error"]["param"] == field
     refused(post(served, asked(model="gpt-9")), 404, "gpt-9")
     refused(post(served, {"messages": [{"role": "assistant", "content": "x"}]}), 400, "last message")
-    refused(post(served, {"messages": [{"role": "user", "content": "\ud800"}]}), 400, "content.0")
+    half = json.dumps({"messages": [{"role": "user", "content": "\ud800"}]}).encode()
+    headers = {"content-type": "application/json"}
+    refused(httpx.post(f"{served.url}/v1/chat/completions", content=half, headers=headers), 400, "content.0")
     refused(httpx.get(f"{served.url}/v1/nothing"), 404)
     refused(httpx.get(f"{served.url}/v1/chat/completions"), 405)
     refused(httpx.get(f"{served.url}/page/..%2fapp.py"), 404)
@@ -95,7 +97,7 @@ def test_the_context_limit_is_an_option(directory: Path) -> None:
 
 
 def test_time_is_limited(directory: Path) -> None:
-    with serving(directory, timeout=0.4) as quick:
+    with serving(directory, timeout=0.4) as quick, endless(quick):
         refused(post(quick, {"messages": [question("Go")], "max_tokens": 3900, "temperature": 2, "seed": 1}), 504)
         assert wait_until(lambda: quick.worker.load == 0)
         refused(_slow_body(quick.url), 408)
@@ -162,7 +164,7 @@ def test_key_and_origin(directory: Path) -> None:
 class Shop(BaseHTTPRequestHandler):
     """A web server with a picture, redirects and a flood; notes who asked."""
 
-    seen: list[str] = []
+    seen: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
         Shop.seen.append(self.path)
@@ -332,15 +334,36 @@ def test_sigterm_finishes_running_answers(directory: Path) -> None:
                 return False
 
         assert wait_until(up, 60)
-        body = {**asked(), "max_tokens": 1500, "temperature": 2, "seed": 1, "stream": True}
+        body = {**asked(), "max_tokens": 3000, "temperature": 2, "seed": _long_seed(url), "stream": True}
+        whole = [_said(line) for line in _lines(url, body)]
+        found = []
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as response:
-            lines = response.iter_lines()
-            next(lines)
-            process.send_signal(signal.SIGTERM)
-            rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]" and '"finish_reason": "length"' in rest[-2]
+            for line in response.iter_lines():
+                if not found:
+                    process.send_signal(signal.SIGTERM)
+                found += [_said(line)] if line else []
+        assert found == whole and len(whole) > 40
         assert process.wait(20) in (0, -signal.SIGTERM)
         assert "Traceback" not in process.stderr.read()
     finally:
         process.kill()
         process.communicate()
+
+
+def _lines(url: str, body: dict[str, Any]) -> list[str]:
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as response:
+        return [line for line in response.iter_lines() if line]
+
+
+def _said(line: str) -> Any:
+    return line if line == "data: [DONE]" else json.loads(line[6:])["choices"][0]["delta"]
+
+
+def _long_seed(url: str) -> int:
+    """A seed whose answer is long enough to be interrupted."""
+    for seed in range(50):
+        body = {**asked(), "max_tokens": 3000, "temperature": 2, "seed": seed}
+        found = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+        if found["usage"]["completion_tokens"] > 250:
+            return seed
+    raise AssertionError("no long answer")

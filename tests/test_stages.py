@@ -32,6 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def embed(model: Path, data: DataSet, output: Path, **settings: Any) -> Store:
+    settings.setdefault("codec", "float16")
     embed_data(model, data.captions, output, image_folder=data.images, **settings)
     return Store(output)
 

@@ -7,6 +7,7 @@ putting a two-turn conversation together again: a template that does more than p
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,8 @@ def _layout(render: Any, bos: str, image_token: str) -> PromptLayout:
     user_header = between[len(end) :]
     user_end = end if asked.startswith(end) else ""
     head, after = "", ""
-    try:
+    with suppress(_Unreadable):  # a template without system turns
         head, after, _ = cut(render(("system", wrap(_SYSTEM)), ("user", wrap(_FIRST))), _SYSTEM, _FIRST)
-    except _Unreadable:
-        pass  # a template without system turns
     system, default = "{text}", None
     if head or after:
         if not after.endswith(user_header):

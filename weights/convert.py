@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from mlx_llama3v.weights import llama as llama_files
 from mlx_llama3v.weights import siglip as siglip_files
 from mlx_llama3v.weights.card import model_card
 from mlx_llama3v.weights.llama import LlamaSource, read_llama
+from mlx_llama3v.weights.probe import Probe, probe
 from mlx_llama3v.weights.siglip import SiglipSource, read_siglip
 
 
@@ -73,6 +74,7 @@ class ConvertReport:
     bytes: dict[str, int]
     layers: tuple[LayerReport, ...]  # empty where nothing is quantized
     bits_per_weight: float  # of the decoder, scales and biases included
+    probe: Probe | None = None  # what quantization did to the logits of a sentence
 
     @property
     def quantized(self) -> tuple[LayerReport, ...]:
@@ -130,6 +132,8 @@ def convert(
         shard_bytes=shard_bytes,
         progress=progress and (lambda done: progress(done, total)),
     )
+    if quantize:
+        report = replace(report, probe=probe(read_llama(llama.directory).weights, target, config))
     return report
 
 

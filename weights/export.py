@@ -123,7 +123,9 @@ def check_llava(config: ModelConfig, where: Path) -> None:
     if config.vision_feature_norm or config.vision_mode != "native":
         raise CheckpointError(f"{where} runs its tower in a way ({config.vision_mode}) that the format has not.")
     if config.patch_pool > 1:
-        raise CheckpointError(f"{where} pools {config.patch_pool} x {config.patch_pool} patches, which the format has not.")
+        raise CheckpointError(
+            f"{where} pools {config.patch_pool} x {config.patch_pool} patches, which the format has not."
+        )
     if config.tiling.mode != "squash":
         raise CheckpointError(
             f"{where} splits pictures ({config.tiling.mode}), while the format sees one squashed square; "
@@ -153,7 +155,7 @@ def _split(ours: Mapping[str, mx.array], config: ModelConfig) -> tuple[dict[str,
     theirs: dict[str, mx.array] = {}
     kept: dict[str, mx.array] = {}
     for name, value in ours.items():
-        if name.startswith("vision_tower.head.") or name.startswith(("text_tower.", "logit_")) or name == "projector.markers":
+        if name == "projector.markers" or name.startswith(("vision_tower.head.", "text_tower.", "logit_")):
             kept[name] = value
         elif name.startswith("vision_tower."):
             if name.endswith("patch_embedding.weight"):

@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_llama3v.checkpoint import read_siglip_config
-from mlx_llama3v.config import ImageConfig, ModelConfig, TilingConfig, VisionConfig
+from mlx_llama3v.config import (
+    ImageConfig,
+    ModelConfig,
+    ProjectorConfig,
+    TilingConfig,
+    VisionConfig,
+    known,
+    llama_config,
+)
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.tensors import read_json, read_tensors
 
@@ -33,7 +42,9 @@ class Source:
     def open(cls, directory: Path) -> Source:
         """Read lazily. Sub-folders that hold weights of their own (VILA) put their name before their tensors'."""
         config = read_json(directory / "config.json")
-        parts = [part for part in ("llm", "vision_tower", "mm_projector") if (directory / part / "config.json").is_file()]
+        parts = [
+            part for part in ("llm", "vision_tower", "mm_projector") if (directory / part / "config.json").is_file()
+        ]
         if not parts:
             return cls(directory, config, read_tensors(directory), directory)
         tensors = {f"{part}/{name}": v for part in parts for name, v in read_tensors(directory / part).items()}
@@ -91,30 +102,79 @@ def rename(family: Family, names: Iterable[str]) -> Renamed:
 
 def is_clip(source: Source) -> bool:
     """CLIP's tower has a class token and a norm before its blocks; SigLIP's has neither."""
-    kinds = {str(source.config.get("vision_config", {}).get("model_type", "")), str(source.config.get("mm_vision_tower"))}
-    return source.has(r"class_embedding|pre_layrnorm") or any("clip" in k.lower() and "siglip" not in k.lower() for k in kinds)
+    kinds = {
+        str((source.config.get("vision_config") or {}).get("model_type", "")),
+        str(source.config.get("mm_vision_tower")),
+    }
+    return source.has(r"class_embedding|pre_layrnorm") or any(
+        "clip" in k.lower() and "siglip" not in k.lower() for k in kinds
+    )
 
 
-SO400M = VisionConfig(1152, 4304, 27, 16, image_size=384, patch_size=14, vision_use_head=False)
+_LLAMA_KEYS = (
+    *(
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    ),
+    *("vocab_size", "rms_norm_eps", "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters"),
+    *("tie_word_embeddings", "attention_bias", "mlp_bias", "bos_token_id", "eos_token_id", "hidden_act"),
+)
+
+
+def decoder_config(values: Mapping[str, Any], tied: bool = False) -> dict[str, Any]:
+    """The Llama part of a config.json that says other things beside; `tied` where no head is in the file."""
+    text = llama_config({key: values[key] for key in _LLAMA_KEYS if key in values})
+    text["tie_word_embeddings"] = bool(text["tie_word_embeddings"] or tied)
+    return text
 
 
 def tower_config(source: Source, given: Mapping[str, Any] | None = None) -> VisionConfig:
-    """The tower's configuration: what the file says, else so400m's; shapes decide what a file leaves out."""
-    from dataclasses import replace
+    """The tower's configuration as `given`, or, where a file has none, from the tensors' shapes."""
+    head = source.has(r"vision.*\bhead\.probe$")
+    if given is not None:
+        return replace(VisionConfig(), **known(VisionConfig, {**given, "vision_use_head": head}))
+    width, _, patch, _ = source.shape(r"embeddings\.patch_embedding\.weight$")
+    grid = isqrt(source.shape(r"(?<!text_model\.)embeddings\.position_embedding\.weight$")[0])
+    layers = {found[1] for name in source.tensors if (found := re.search(r"encoder\.layers\.(\d+)\.", name))}
+    named = re.search(r"patch\d+-(\d+)$", str(source.config.get("mm_vision_tower", "")))
+    side = int(named[1]) if named else {27: 384}.get(grid, grid * patch)
+    if side // patch != grid:
+        raise CheckpointError(f"{source.directory}: the tower has {grid} x {grid} positions, not {side} px / {patch}.")
+    return VisionConfig(
+        hidden_size=width,
+        intermediate_size=source.shape(r"encoder\.layers\.0\.mlp\.fc1\.weight$")[0],
+        num_hidden_layers=len(layers),
+        num_attention_heads=width // 72 if width % 72 == 0 and width > 1000 else width // 64,  # so400m; base, large
+        image_size=side,
+        patch_size=patch,
+        vision_use_head=head,
+    )
 
-    from mlx_llama3v.config import known
 
-    base = SO400M if given is None else VisionConfig()
-    config = replace(base, **known(VisionConfig, given or {}))
-    return replace(config, vision_use_head=source.has(r"vision.*\bhead\.probe$"))
+def mlp_projector(vision: VisionConfig, text: Mapping[str, Any], *, scales: int = 1, skip: int = 0) -> ProjectorConfig:
+    """LLaVA-1.5's projector between two models."""
+    return ProjectorConfig(
+        kind="mlp",
+        in_dim=scales * vision.hidden_size,
+        out_dim=text["hidden_size"],
+        hidden_dim=text["hidden_size"],
+        num_heads=vision.num_attention_heads,
+        pool=1,
+        skip=skip,
+    )
 
 
 def image_config(source: Source, fallback: bool = False) -> ImageConfig:
     """Pixel preprocessing as the checkpoint's processor says; SigLIP 1's where `fallback` and none is there."""
-    files = [source.directory / name for name in ("processor_config.json", "preprocessor_config.json")]
-    if fallback and not any(file.is_file() for file in files):
-        return ImageConfig()
-    return read_siglip_config(source.directory)[2]
+    for directory in (source.directory, source.directory / "vision_tower"):
+        files = [directory / name for name in ("processor_config.json", "preprocessor_config.json")]
+        if any(file.is_file() for file in files) and (directory / "config.json").is_file():
+            return read_siglip_config(directory)[2]
+    return ImageConfig() if fallback else read_siglip_config(source.directory)[2]
 
 
 SQUASH = TilingConfig("squash", 0)

@@ -1,4 +1,4 @@
-"""The files beside the weights of an exported LlavaForConditionalGeneration: configuration, processor, chat template."""
+"""Files beside the weights of an exported LlavaForConditionalGeneration: configuration, processor, chat template."""
 
 from __future__ import annotations
 
@@ -131,7 +131,10 @@ def chat_template(layout: PromptLayout, tokens: Tokens, image_token: str) -> str
     user, asked = layout.user, dict(content)
     if opened:
         user = user.replace("{text}", "{opened}{text}{closed}")
-        asked |= {"opened": f"({quoted(opened)} if {shown} else '')", "closed": f"({quoted(closed)} if {shown} else '')"}
+        asked |= {
+            "opened": f"({quoted(opened)} if {shown} else '')",
+            "closed": f"({quoted(closed)} if {shown} else '')",
+        }
     default = "" if layout.default_system is None else layout.system.replace("{text}", layout.default_system)
     values = {
         "PICTURE": filled(picture, n="loop.index ~ ''"),

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_llama3v.config import ModelConfig, ProjectorConfig, llama_config
+from mlx_llama3v.config import ModelConfig, llama_config
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.layout import LAYOUTS, PromptLayout
 from mlx_llama3v.weights.chat_template import read_layout
-from mlx_llama3v.weights.family import SQUASH, Family, Source, image_config, tower_config
+from mlx_llama3v.weights.family import SQUASH, Family, Source, image_config, mlp_projector, tower_config
 
 _MANTIS_IMAGE_ID = 128256
 
@@ -35,15 +35,7 @@ def configure(source: Source) -> ModelConfig:
     return ModelConfig(
         vision_config=vision,
         text_config=text,
-        projector_config=ProjectorConfig(
-            kind="mlp",
-            in_dim=vision.hidden_size,
-            out_dim=text["hidden_size"],
-            hidden_dim=text["hidden_size"],
-            num_heads=vision.num_attention_heads,
-            pool=1,
-            skip=int(strategy == "default"),
-        ),
+        projector_config=mlp_projector(vision, text, skip=int(strategy == "default")),
         tiling=SQUASH,
         image=image_config(source),
         vision_feature_layer=layer,
@@ -69,7 +61,8 @@ def _missing_biases(source: Source, config: ModelConfig) -> dict[str, mx.array]:
 FAMILY = Family(
     name="hf-llava",
     title="Hugging Face LLaVA with a SigLIP tower and a Llama decoder",
-    detect=lambda source: source.config.get("model_type") == "llava" and source.has(r"multi_modal_projector\.linear_1\."),
+    detect=lambda source: source.config.get("model_type") == "llava"
+    and source.has(r"multi_modal_projector\.linear_1\."),
     configure=configure,
     rules=(
         (r"(?:model\.)?vision_tower\.(?:vision_model\.)?", "vision_tower."),

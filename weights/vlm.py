@@ -21,10 +21,11 @@ from mlx_llama3v.model import Llama3V
 from mlx_llama3v.tensors import SHARD_BYTES, mismatches, parameters, read_json, refuse
 from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.vision import siglip
-from mlx_llama3v.weights import hf_llava
+from mlx_llama3v.weights import bunny, hf_llava, minicpm, vila, vision_alpha
 from mlx_llama3v.weights.card import model_card
 from mlx_llama3v.weights.convert import (
     ConvertReport,
+    LayerReport,
     QuantConfig,
     check_space,
     drain,
@@ -36,9 +37,16 @@ from mlx_llama3v.weights.convert import (
 )
 from mlx_llama3v.weights.export import KEPT, kept_config, restore
 from mlx_llama3v.weights.family import Family, Renamed, Source, is_clip, rename
+from mlx_llama3v.weights.probe import probe
 from mlx_llama3v.weights.siglip import rename as siglip_names
 
-FAMILIES: tuple[Family, ...] = (hf_llava.FAMILY,)
+FAMILIES: tuple[Family, ...] = (
+    hf_llava.FAMILY,
+    minicpm.FAMILY,
+    bunny.FAMILY,
+    vision_alpha.FAMILY,
+    vila.FAMILY,
+)
 _ZEROS = "projector.markers"  # finished models have none of our markers
 
 
@@ -61,8 +69,8 @@ def detect(source: Source) -> Family:
         raise CheckpointError(f"{source.directory} is a converted model directory already; use it with --model.")
     if is_clip(source):
         raise CheckpointError(
-            f"{source.directory} sees through a CLIP tower (model_type {kind!r}), whose class token and norms this "
-            "package has not; expected a model with a SigLIP tower, or join a SigLIP and a Llama with --vision and --llm."
+            f"{source.directory} sees through a CLIP tower (model_type {kind!r}), which this package has not; "
+            "expected a model with a SigLIP tower, or join a SigLIP and a Llama with --vision and --llm."
         )
     for family in FAMILIES:
         if family.detect(source):
@@ -80,10 +88,11 @@ def plan_vlm(
     quantize: QuantConfig | None = None,
     dtype: str | None = None,
     prompt_layout: str | None = None,
+    vision_mode: str | None = None,
     offline: bool = False,
 ) -> Plan:
     """What `convert_vlm` would do, without writing. Raises CheckpointError for a model of no family."""
-    source, family, config = _open(hf_path, prompt_layout, offline)
+    source, family, config = _open(hf_path, prompt_layout, vision_mode, offline)
     renamed, weights, problems = _weights(source, family, config)
     before = sum(value.nbytes for value in source.tensors.values())
     finished, _ = ({}, ()) if problems else _finish(config, weights, quantize, dtype)
@@ -98,23 +107,26 @@ def convert_vlm(
     quantize: QuantConfig | None = None,
     dtype: str | None = None,
     prompt_layout: str | None = None,
+    vision_mode: str | None = None,
     offline: bool = False,
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConvertReport:
     """Convert a finished model (directory or Hub id) of one of FAMILIES; see `convert` for the arguments.
 
-    `prompt_layout` (a name of LAYOUTS) overrides the one that the checkpoint asks for. Raises CheckpointError, before
+    `prompt_layout` (a name of LAYOUTS) overrides the one that the checkpoint asks for; `vision_mode` chooses between
+    MiniCPM-V 2.5's published strip and true 2-D positions. Raises CheckpointError, before
     anything is written, for a model of no family and with every tensor that is missing, left over or misshapen.
     """
     target = check_output(mlx_path)
-    source, family, config = _open(hf_path, prompt_layout, offline)
+    source, family, config = _open(hf_path, prompt_layout, vision_mode, offline)
     renamed, weights, problems = _weights(source, family, config)
     refuse([*(f"left over {name}" for name in renamed.unknown), *problems], source.directory)
     if quantize:
         config = replace(config, quantization=asdict(quantize))
     source.tensors.clear()
     finished, layers = _finish(config, weights, quantize, dtype)
+    weights.clear()  # or a tensor's memory would not be free once it is written
     report = report_of(target, config, finished, layers)
     total = sum(report.bytes.values())
     check_space(target, total)
@@ -131,19 +143,37 @@ def convert_vlm(
         shard_bytes=shard_bytes,
         progress=progress and (lambda done: progress(done, total)),
     )
+    if quantize:
+        again = Source.open(source.directory)
+        before = {renamed.names[name]: v for name, v in again.tensors.items() if name in renamed.names}
+        again.tensors.clear()
+        report = replace(report, probe=probe(before, target, config))
     return report
 
 
-def _open(hf_path: str | Path, prompt_layout: str | None, offline: bool) -> tuple[Source, Family, ModelConfig]:
+def _open(
+    hf_path: str | Path, prompt_layout: str | None, vision_mode: str | None, offline: bool
+) -> tuple[Source, Family, ModelConfig]:
     source = Source.open(resolve(hf_path, offline))
     family = detect(source)
     if source.config.get("quantization") or source.config.get("quantization_config"):
         raise CheckpointError(f"{source.directory} is already quantized; expected the original weights.")
     if (kept := kept_config(source.directory)) is not None:  # exported by us: it says what it was
-        return source, family, kept if prompt_layout is None else replace(kept, prompt_layout=named_layout(prompt_layout))
+        return (
+            source,
+            family,
+            kept if prompt_layout is None else replace(kept, prompt_layout=named_layout(prompt_layout)),
+        )
     config = family.configure(source)
     if prompt_layout is not None:
         config = replace(config, prompt_layout=named_layout(prompt_layout))
+    if vision_mode is not None:
+        if not config.vision_mode.startswith("strip") or vision_mode not in ("strip", "strip-2d"):
+            raise CheckpointError(
+                f"vision mode {vision_mode!r} does not go with {family.title}; "
+                "strip and strip-2d do with MiniCPM-V 2.5."
+            )
+        config = replace(config, vision_mode=vision_mode)
     path = source.text_directory / "generation_config.json"
     generation = read_json(path) if path.is_file() else {}
     tokens = Tokens.load(source.text_directory)
@@ -155,7 +185,11 @@ def _open(hf_path: str | Path, prompt_layout: str | None, offline: bool) -> tupl
     stops = config.text_config.get("eos_token_id"), source.config.get("eos_token_id"), generation.get("eos_token_id")
     name = source_name(hf_path)
     sources = {"vision": name, "llm": name, "model": name, "family": family.name}
-    return source, family, replace(config, marker_ids=tokens.marker_ids, eos_token_ids=stop_ids(*stops), sources=sources)
+    return (
+        source,
+        family,
+        replace(config, marker_ids=tokens.marker_ids, eos_token_ids=stop_ids(*stops), sources=sources),
+    )
 
 
 def _weights(source: Source, family: Family, config: ModelConfig) -> tuple[Renamed, dict[str, mx.array], list[str]]:
@@ -181,7 +215,7 @@ def _weights(source: Source, family: Family, config: ModelConfig) -> tuple[Renam
 
 def _finish(
     config: ModelConfig, weights: dict[str, mx.array], quantize: QuantConfig | None, dtype: str | None
-) -> tuple[dict[str, mx.array], tuple]:
+) -> tuple[dict[str, mx.array], tuple[LayerReport, ...]]:
     """Cast and quantize, all of it lazily: tower and decoder to `dtype`, the projector to float32."""
     wanted = parse_dtype(dtype) if dtype else None
     towers = {name: v for name, v in weights.items() if not name.startswith(("projector.", "language_model."))}

@@ -15,6 +15,7 @@ from mlx_llama3v.config import TilingConfig
 from mlx_llama3v.demo.dataset import DataSet, Exam, draw
 from mlx_llama3v.demo.exam import Result, sit
 from mlx_llama3v.demo.gallery import draw_gallery
+from mlx_llama3v.embeddings.codec import DEFAULT as DEFAULT_CODEC
 from mlx_llama3v.encoder import load_encoder
 from mlx_llama3v.errors import RunError
 from mlx_llama3v.platform import machine
@@ -42,7 +43,7 @@ class DemoConfig:
     pretrain_epochs: int = _knob(6, "Passes over the captions (stage pretrain).")
     sft_epochs: int = _knob(2, "Passes over the conversations (stage sft).")
     batch_size: int = _knob(16, "Rows a training step.")
-    codec: str = _knob("float16", "How the store holds embeddings: float16, int8 or int4.")
+    codec: str = _knob(DEFAULT_CODEC, "How the store holds embeddings: float16, int8 or int4.")
     seed: int = _knob(0, "Changes the pictures, the order and the fresh weights.")
 
 

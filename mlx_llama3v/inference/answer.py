@@ -56,8 +56,8 @@ class Loops:
 
     def __init__(self, length: int) -> None:
         self._length = length
-        self._last: deque[int] = deque(maxlen=max(1, length // CYCLES))
-        self._runs = [0] * len(range(length // CYCLES))  # tokens in a row that equal the one p + 1 before
+        self._last: deque[int] = deque(maxlen=length // CYCLES)
+        self._runs = [0] * (length // CYCLES)  # tokens in a row that equal the one p + 1 before
 
     def add(self, token: int) -> bool:
         """Take a token; True where it closes a loop."""

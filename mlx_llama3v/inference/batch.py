@@ -188,7 +188,7 @@ def _choose(rows: Sequence[Row], logits: mx.array) -> list[int]:
     for place, row in enumerate(rows):
         if not row.sampler.plain:
             mine = row.sampler.adjust(logits[place : place + 1], row.before())
-            chosen[place] = int(row.sampler.choose(mine).item())
+            (chosen[place],) = np.array(row.sampler.choose(mine)).tolist()
     return chosen
 
 

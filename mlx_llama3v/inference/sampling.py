@@ -77,7 +77,8 @@ class Sampler:
     def adjust(self, logits: mx.array, before: Sequence[int] | mx.array) -> mx.array:
         """Logits [1, V] after penalty and grammar; `before` are the tokens so far."""
         for penalize in self._penalty if len(before) else ():
-            logits = penalize(mx.array(before[-PENALIZED:]), logits)
+            recent = before[-PENALIZED:]
+            logits = penalize(recent if isinstance(recent, mx.array) else mx.array(list(recent)), logits)
         return logits if self.mask is None else self.mask(logits)
 
     def choose(self, logits: mx.array) -> mx.array:

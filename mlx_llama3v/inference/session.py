@@ -197,17 +197,18 @@ class Session:
         self._held = keys[:cached]
         writer = Writer(self.tokens, sampling, max_tokens)
         with closing(self._steps(row, everything, cached, sampling, max_tokens)) as steps:
-            for token in steps:
-                if not writer.tokens and len(self._held) == cached:
-                    prefilled = perf_counter()
-                    self._note(turn, text, pictures)
-                    self._held = keys
-                piece = writer.add(token)
-                self._say(writer.tokens, keys)
-                if piece:
-                    yield Piece(piece)
-                if writer.finish:
-                    break
+            try:
+                for token in steps:
+                    if len(self._held) == cached:
+                        prefilled = perf_counter()
+                        self._note(turn, text, pictures)
+                        self._held = keys
+                    if piece := writer.add(token):
+                        yield Piece(piece)
+                    if writer.finish:
+                        break
+            finally:  # also where the reader left: what was said so far ends the conversation
+                self._say(writer.tokens)
         rest = writer.close("length")
         timings = Timings(encode, prefilled - started, perf_counter() - prefilled)
         slices, visual = sum(len(p.layout.grids) for p in pictures), visual_tokens(self.model, pictures)
@@ -215,18 +216,19 @@ class Session:
         finish = writer.finish or "length"
         yield Piece(rest, Answer(writer.text, answer, finish, len(row) - cached, cached, timings, slices, visual))
 
-    def _say(self, answer: Sequence[int], prompt: np.ndarray) -> None:
-        """The answer so far ends the conversation; what the cache holds beyond is trimmed with the next turn."""
-        self.ids[len(prompt) :] = answer
-        self._source[len(prompt) :] = [0] * len(answer)
-        self._held = np.concatenate([prompt, np.array(answer, np.int64)])
+    def _say(self, answer: Sequence[int]) -> None:
+        """The answer ends the conversation; what the cache holds beyond is trimmed with the next turn."""
+        self.ids += answer
+        self._source += [0] * len(answer)
+        self._held = np.concatenate([self._held, np.array(answer, np.int64)])
 
     def _steps(
         self, row: Rendered, pictures: Sequence[Encoded], start: int, sampling: Sampling, max_tokens: int
     ) -> Generator[int, None, None]:
         """Tokens of the answer; each is in the KV cache when it is yielded."""
         ids, vectors = embed_rest(self.model, row, pictures, start)
-        sampler, options = Sampler(sampling), {}
+        sampler = Sampler(sampling)
+        options: dict[str, Any] = {}
         if self.memory.kv_bits:
             options = {"kv_bits": self.memory.kv_bits, "kv_group_size": self._group_size, "quantized_kv_start": 0}
         steps = generate_step(

@@ -137,8 +137,8 @@ class StripEncoder(PaddingEncoder):
         for i, (grid, patches) in enumerate(slices):
             groups.setdefault((len(patches), None if self.flat else grid), []).append(i)
         found: dict[int, np.ndarray] = {}
-        for (length, grid), members in groups.items():
-            positions = self._positions(grid or (1, length))
+        for (length, shape), members in groups.items():
+            positions = self._positions(shape or (1, length))
             for start in range(0, len(members), batch_size):
                 chosen = members[start : start + batch_size]
                 hidden = self._run(np.stack([slices[i][1] for i in chosen]), positions)
@@ -165,7 +165,7 @@ class StripEncoder(PaddingEncoder):
 
 @lru_cache(maxsize=512)
 def buckets(count: int, side: int) -> np.ndarray:
-    """Idefics 2's position of each of `count` patches in a table of `side`, with its float32 rounding: int32 [count]."""
+    """Idefics 2's position of each of `count` patches in a table of `side`, in float32: int32 [count]."""
     edges = (1 / side + np.arange(side - 1) * (1 / side)).astype(np.float32)
     at = np.arange(count, dtype=np.float32) * (np.float32(1) / np.float32(count))
     return np.searchsorted(edges, np.minimum(at, np.float32(1 - 1e-6)), side="right").astype(np.int32)

@@ -239,7 +239,7 @@ async function answer() {
   }
   turns.push(turn);
   const notes = { length: "cut off: too long", repetition: "ended: it repeated itself", stopped: "stopped", failed: "broke off" };
-  const counts = usage ? `${usage.completion_tokens} tokens` : "";
+  const counts = usage ? `${usage.completion_tokens} ${usage.completion_tokens === 1 ? "token" : "tokens"}` : "";
   addTools(turn, [counts, notes[ended]].filter(Boolean).join(", "));
 }
 

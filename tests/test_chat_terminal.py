@@ -1,0 +1,164 @@
+"""`chat` as a person meets it: every command from a pipe, and streaming, history and Ctrl-C on a pseudo terminal."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlx_llama3v.cli.chat import Conversation
+from mlx_llama3v.cli.transcript import Exchange, from_markdown, to_markdown
+from mlx_llama3v.errors import DataError, UserError
+from mlx_llama3v.inference import Sampling, load
+from tests.serving import make_directory, png
+
+pty = pytest.importorskip("pty")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = make_directory(tmp_path_factory.mktemp("chat") / "model", context=100_000)
+    (path.parent / "my picture.png").write_bytes(png(1))
+    return path
+
+
+@pytest.fixture
+def chat(directory: Path) -> Conversation:
+    return Conversation(load(directory), Sampling(max_tokens=6))
+
+
+def test_every_command(chat: Conversation, directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(line: str) -> str:
+        capsys.readouterr()
+        chat.take(line)
+        return capsys.readouterr().out
+
+    picture = directory.parent / "my picture.png"
+    assert "/retry" in said("/help") and "no picture" in said("/images") and "no answer" in said("/stats")
+    for line in ("/retry", "/edit x", "/save", "/load", f"/load {picture}", "/image none.png"):
+        with pytest.raises(UserError):
+            chat.take(line)
+    assert "next question" in said(f"'{picture}'") and "next question" in said("/images")
+    assert said("What is it?")
+    assert "question 1" in said("/images") and "visual tokens" in said("/stats")
+    second = said("And now?")
+    assert said("/retry") == second and said("/edit What then?") != ""
+    assert [turn.text for turn in chat.session.turns] == ["What is it?", "What then?"]
+    saved = tmp_path / "talk.md"
+    assert "2 turns" in said(f"/save {saved}")
+    answers = chat.session.answers()
+    assert "forgotten" in said("/reset") and chat.session.ids == []
+    assert "2 turns" in said(f"/load {saved}")
+    assert [turn.text for turn in chat.session.turns] == ["What is it?", "What then?"]
+    assert [a.strip() for a in chat.session.answers()] == [a.strip() for a in answers]
+    assert said("More?") and len(chat.asked) == 3
+    assert "anew" in said("/system Be brief.") and chat.session.system == "Be brief."
+    chat.take("/image " + str(picture))
+    assert said("What is it?") and "Be brief." in chat.session.tokens.decode(chat.session.ids)
+    assert "is no command" in said("/nothing") and said("") == ""
+    assert said("x" * 5000)  # longer than a file name may be
+
+
+def test_ctrl_c_ends_the_answer_only(chat: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat.take("What?")
+    monkeypatch.setattr("mlx_llama3v.cli.chat._say", _interrupt_after(3))
+    chat.sampling = Sampling(max_tokens=50, temp=2.0, seed=1)
+    chat.take("Go on")
+    kept = len(chat.session.ids)
+    monkeypatch.undo()
+    chat.take("And now?")
+    assert len(chat.session.turns) == 3 and chat.session.turns[2].start == kept
+
+
+def _interrupt_after(count: int):
+    calls = []
+
+    def say(text: str) -> None:
+        calls.append(text)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+
+    return say
+
+
+def test_a_transcript_survives_any_text() -> None:
+    odd = "# Conversation\n## Answer\n![](<x>)\n\\# a\n\\\\![ b\n```\n## Question\n```"
+    exchanges = [Exchange(odd, (Path("/a b.png"), Path("/c(1).png")), odd), Exchange("x", (), "y")]
+    assert from_markdown(to_markdown(odd, exchanges), "f") == (odd, exchanges)
+    assert from_markdown(to_markdown(None, []), "f") == (None, [])
+    for text in ("hello", to_markdown(None, exchanges).rpartition("## Answer")[0]):
+        with pytest.raises(DataError, match=r"f( |:)"):
+            from_markdown(text, "f")
+
+
+PROMPT, ENTERED = r"\?2004h", r"\?2004l"  # what prompt_toolkit writes as it begins and ends to take a line
+
+
+class Terminal:
+    """A program on a pseudo terminal."""
+
+    def __init__(self, *args: str) -> None:
+        self.master, slave = pty.openpty()
+        environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        self.process = subprocess.Popen(
+            args, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
+        )
+        os.close(slave)
+        os.set_blocking(self.master, False)
+        self.seen = ""
+
+    def wait(self, pattern: str, seconds: float = 20) -> str:
+        """What came until `pattern` did."""
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            try:
+                self.seen += os.read(self.master, 65536).decode(errors="replace")
+            except BlockingIOError:
+                time.sleep(0.02)
+            except OSError:
+                break
+            if found := re.search(pattern, self.seen, re.S):
+                before, self.seen = self.seen[: found.end()], self.seen[found.end() :]
+                return before
+        raise AssertionError(f"no {pattern!r} in {self.seen!r}")
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+
+def test_on_a_terminal(directory: Path) -> None:
+    command = "from mlx_llama3v.cli import main; main()"
+    options = ["--max-tokens", "90000", "--temp", "2", "--seed", "7", "--loop-guard", "0", "--stop", "@@@@"]
+    terminal = Terminal(sys.executable, "-c", command, "chat", "--model", str(directory), *options)
+    try:
+        terminal.wait("Ctrl-D leaves")
+        terminal.wait(PROMPT)
+        terminal.type("/images\r")
+        terminal.wait("no picture yet.*" + PROMPT)
+        terminal.type("\x1b[A")  # the line before, from the history
+        terminal.type("\x01\x1b[C" + "x\r")  # with an x behind its slash
+        terminal.wait("/ximages is no command.*" + PROMPT)
+        for _ in range(20):  # until an answer was long enough to be stopped
+            terminal.type("Go on\r")
+            terminal.wait(ENTERED)
+            time.sleep(0.05)
+            os.kill(terminal.process.pid, signal.SIGINT)
+            if "(stopped)" in terminal.wait(PROMPT):
+                break
+        else:
+            raise AssertionError("no answer was stopped")
+        assert terminal.process.poll() is None
+        terminal.type("/stats\r")
+        terminal.wait("(answer tokens|no answer yet).*" + PROMPT)
+        terminal.type("\x04")
+        assert terminal.process.wait(20) == 0
+    finally:
+        terminal.process.kill()
+        terminal.process.wait()
+        os.close(terminal.master)

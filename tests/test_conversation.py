@@ -1,0 +1,298 @@
+"""Sessions over many turns, retries and edits; what ends an answer; memory options; questions from a file."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_llama3v.config import Encoded
+from mlx_llama3v.errors import CheckpointError, ContextError, DataError
+from mlx_llama3v.inference import Answer, Memory, Request, Sampling, Session, batch_generate, load
+from mlx_llama3v.inference.answer import Loops, Writer
+from mlx_llama3v.inference.batch import Running
+from mlx_llama3v.inference.jobs import answer_jobs, answered, read_jobs, write_results
+from mlx_llama3v.inference.prefixes import Prefixes
+from mlx_llama3v.inference.rows import common, place_keys
+from mlx_llama3v.model import Llama3V
+from mlx_llama3v.text.prompt import Message, render
+from mlx_llama3v.vision.encode import Encoder
+from tests.serving import make_directory, png
+from tests.test_inference import Transcript
+from tests.tiny_model import PLAIN, SPLIT, picture, tiny_model, tiny_tokens
+
+TOKENS = tiny_tokens()
+SIX = [
+    ("What is it?", []),
+    ("Look at this one.", [picture(SPLIT, 1)]),
+    ("And now?", []),
+    ("Compare these.", [picture(PLAIN, 2), picture(SPLIT, 3)]),
+    ("Sure?", []),
+    ("This?", [picture(PLAIN, 4)]),
+]
+
+
+@pytest.fixture
+def model() -> Llama3V:
+    return tiny_model(max_position_embeddings=1000)
+
+
+def answer(session: Session, text: str, images=(), **sampling) -> Answer:
+    return list(session.ask(text, images, Sampling(**sampling)))[-1].answer
+
+
+def fresh(session: Session) -> Session:
+    """Another session in the same conversation, with an empty cache."""
+    other = Session(session.model, session.tokens, system=session.system)
+    other.ids, other.turns = list(session.ids), list(session.turns)
+    other._source, other._pictures = list(session._source), list(session._pictures)
+    return other
+
+
+@pytest.mark.parametrize("step", [2048, 7])
+def test_six_turns_equal_a_fresh_prefill_each(model: Llama3V, step: int) -> None:
+    session, transcript = Session(model, TOKENS, memory=Memory(prefill_step_size=step)), Transcript(model)
+    for text, images in SIX:
+        found = answer(session, text, images, max_tokens=6)
+        assert list(found.tokens) == transcript.ask(text, images, 6) and session.ids == transcript.ids
+    assert found.visual_tokens == 2 and found.slices == 1 and found.prompt_tokens < 40 < found.cached_tokens
+
+
+def test_an_edit_and_a_retry_equal_a_fresh_prefill(model: Llama3V) -> None:
+    session = Session(model, TOKENS)
+    for text, images in SIX[:4]:
+        answer(session, text, images, max_tokens=6)
+    again = session.undo()
+    assert (again.text, len(again.pictures), len(session.turns)) == ("Compare these.", 2, 3)
+    whole = answer(fresh(session), "Compare both?", again.pictures, max_tokens=6)
+    edited = answer(session, "Compare both?", again.pictures, max_tokens=6)
+    assert edited.tokens == whole.tokens and whole.cached_tokens == 0
+    assert edited.prompt_tokens < 25 < edited.visual_tokens + 25  # the pictures stayed where they were
+    session.undo()
+    loud = picture(SPLIT, 9)
+    other = [picture(PLAIN, 2), Encoded(SPLIT, 9 * loud.patches)]  # the second picture differs, the first may stay
+    whole = answer(fresh(session), "Compare both?", other, max_tokens=6)
+    changed = answer(session, "Compare both?", other, max_tokens=6)
+    assert changed.tokens == whole.tokens != edited.tokens and changed.prompt_tokens > edited.prompt_tokens
+    session.undo()
+    assert answer(session, "Compare both?", other, max_tokens=6).prompt_tokens == 1  # a retry: the last token only
+    for _ in range(4):
+        session.undo()
+    assert session.undo() is None and session.ids == []
+    assert answer(session, *SIX[1], max_tokens=6).tokens == answer(Session(model, TOKENS), *SIX[1], max_tokens=6).tokens
+
+
+def test_restore_goes_on_where_it_was(model: Llama3V) -> None:
+    session = Session(model, TOKENS, system="Be brief.")
+    session.restore([("Look.", [picture(SPLIT, 1)], "It says stop."), ("And?", [], "a red circle")])
+    messages = [
+        Message("system", "Be brief."), Message("user", "Look.", (0,)), Message("assistant", "It says stop."),
+        Message("user", "And?"), Message("assistant", "a red circle"), Message("user", "Sure?"),
+    ]  # fmt: skip
+    row = render(messages, [SPLIT], TOKENS, model.config.projector_config, generate=True)
+    found = answer(session, "Sure?", max_tokens=4)
+    assert session.ids == [*row.ids.tolist(), *found.tokens] and found.cached_tokens == 0
+    assert session.answers()[:2] == ["It says stop.", "a red circle"]
+
+
+def test_a_picture_is_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = load(make_directory(tmp_path / "model"))
+    (tmp_path / "a.png").write_bytes(png(1))
+    counted: list[object] = []
+    embed = Encoder.embed
+    monkeypatch.setattr(Encoder, "embed", lambda self, source: (counted.append(source), embed(self, source))[1])
+    answer(session, "What?", [tmp_path / "a.png"], max_tokens=3)
+    answer(session, "And now?", max_tokens=3)
+    session.undo()
+    answer(session, "Again?", [png(1)], max_tokens=3)
+    assert len(counted) == 1
+    (tmp_path / "a.png").write_bytes(png(2))
+    answer(session, "Again?", [tmp_path / "a.png"], max_tokens=3)
+    assert len(counted) == 2
+
+
+def test_memory_options(model: Llama3V) -> None:
+    small = Session(model, TOKENS, memory=Memory(max_kv_size=40))
+    assert answer(small, "What?", max_tokens=500).finish_reason in ("length", "repetition") and len(small.ids) <= 40
+    with pytest.raises(ContextError, match=r"context holds 40; .*--max-slices"):
+        small.ask("x", [picture(SPLIT, 1)] * 4)
+    with pytest.raises(ContextError, match="heads of 8 values"):
+        Session(model, TOKENS, memory=Memory(kv_bits=8))
+    with pytest.raises(ContextError, match="kv_bits is 3"):
+        Memory(kv_bits=3)
+    wide = tiny_model(hidden_size=128, head_dim=32, max_position_embeddings=1000)
+    exact, coarse = Session(wide, TOKENS), Session(wide, TOKENS, memory=Memory(kv_bits=8))
+    for text, images in SIX[:3]:
+        found = answer(coarse, text, images, max_tokens=5)
+        answer(exact, text, images, max_tokens=5)
+    assert found.cached_tokens > 30 and coarse._cache[0].bits == 8 and exact._cache[0].offset == coarse._cache[0].offset
+    assert coarse._cache[0].nbytes < exact._cache[0].nbytes / 2
+
+
+def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
+    path = make_directory(tmp_path / "model")
+    (path / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer.json is missing"):
+        load(path)
+
+
+# --- what ends an answer
+
+
+def said(text: str, stop: tuple[str, ...]) -> tuple[str, list[str], Writer]:
+    writer, pieces = Writer(TOKENS, Sampling(stop=stop), 100), []
+    for token in TOKENS.encode(text):
+        pieces.append(writer.add(token))
+        if writer.finish:
+            break
+    pieces.append(writer.close("length"))
+    return writer.text, pieces, writer
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "left"),
+    [
+        ("a red circle", ("circle",), "a red "),
+        ("a red circle", ("cle",), "a red cir"),
+        ("a red circle", ("d c", "red"), "a "),
+        ("aab aac", ("aac",), "aab "),
+        ("It says stop. sto", ("stop!",), "It says stop. sto"),
+        ("grün", ("ün",), "gr"),
+        ("a red circle", (), "a red circle"),
+    ],
+)
+def test_stop_texts(text: str, stop: tuple[str, ...], left: str) -> None:
+    found, pieces, writer = said(text, stop)
+    assert found == left == "".join(pieces)
+    assert left.startswith(TOKENS.decode(writer.tokens))
+    assert writer.finish == ("stop" if left != text else "length")
+
+
+def test_a_stop_text_in_every_path(model: Llama3V) -> None:
+    free = answer(Session(model, TOKENS), *SIX[1], max_tokens=20)
+    stop = free.text[4:7]
+    found = answer(Session(model, TOKENS), *SIX[1], max_tokens=20, stop=(stop,))
+    assert found.text == free.text[: free.text.index(stop)] and found.finish_reason == "stop"
+    request = Request((Message("user", SIX[1][0], (0,)),), tuple(SIX[1][1]))
+    (batched,) = batch_generate(model, TOKENS, [request], sampling=Sampling(max_tokens=20, stop=(stop,)))
+    assert (batched.text, batched.tokens, batched.finish_reason) == (found.text, found.tokens, "stop")
+
+
+def test_loops_end(model: Llama3V) -> None:
+    def ends(tokens: list[int], length: int = 24) -> int | None:
+        loops = Loops(length)
+        return next((n for n, token in enumerate(tokens, 1) if loops.add(token)), None)
+
+    assert ends([7] * 100) == 24 and ends([1, 2, 3, 4, 5, 6] * 10) == 24
+    assert ends([9, 9, 1, *[1, 2] * 50]) == 3 + 24
+    assert ends(list(range(7)) * 20) is None  # seven tokens: fewer than four times in 24
+    assert ends([1, 2, 3, 4] * 5 + [9] + [1, 2, 3, 4] * 5) is None and ends([7] * 100, 0) is ends([7] * 100, 3) is None
+    found = answer(Session(model, TOKENS), "What?", max_tokens=900, loop_guard=40)
+    assert found.finish_reason == "repetition" and len(found.tokens) < 900
+    request = Request((Message("user", "What?"),))
+    (batched,) = batch_generate(model, TOKENS, [request], sampling=Sampling(max_tokens=900, loop_guard=40))
+    assert (batched.tokens, batched.finish_reason) == (found.tokens, "repetition")
+
+
+def test_sampled_batches_equal_one_by_one(model: Llama3V) -> None:
+    sampling = Sampling(max_tokens=9, temp=1.2, top_p=0.95, top_k=50, min_p=0.01, repetition_penalty=1.3, seed=3)
+    requests = [Request((Message("user", text, tuple(range(len(p)))),), tuple(p)) for text, p in SIX]
+    together = [found.tokens for found in batch_generate(model, TOKENS, requests, sampling=sampling, batch_size=4)]
+    alone = [list(Session(model, TOKENS).ask(text, images, sampling))[-1].answer.tokens for text, images in SIX]
+    assert together == alone and len(set(alone)) == 6
+    for wrong in ({"top_p": 0.0}, {"min_p": 2.0}, {"top_k": -1}, {"repetition_penalty": 0.0}, {"stop": ("",)}):
+        with pytest.raises(ContextError):
+            Sampling(**wrong)
+
+
+def test_rows_join_and_leave(model: Llama3V, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    step = Running.step
+    monkeypatch.setattr(Running, "step", lambda self: (sizes.append(len(self.rows)), step(self))[1])
+    stopping = tiny_tokens()
+    free = batch_generate(model, TOKENS, [Request((Message("user", f"{n}?"),)) for n in range(9)], 12)
+    stopping.stop |= {free[0].tokens[4], free[5].tokens[2]}
+    requests = [Request((Message("user", f"{n}?"),)) for n in range(9)]
+    sizes.clear()
+    told: dict[int, Answer] = {}
+    many = batch_generate(model, stopping, requests, 12, batch_size=4, done=told.__setitem__)
+    assert max(sizes) == 4 and len(set(sizes)) > 1
+    assert [a.tokens for a in many] == [batch_generate(model, stopping, [r], 12)[0].tokens for r in requests]
+    assert [told[n] for n in range(9)] == many
+
+
+# --- shared beginnings
+
+
+def test_place_keys_tell_pictures_apart(model: Llama3V) -> None:
+    def keys(*pictures) -> np.ndarray:
+        layouts = [p.layout for p in pictures]
+        message = Message("user", "What?", tuple(range(len(pictures))))
+        return place_keys(
+            render([message], layouts, TOKENS, model.config.projector_config, generate=True), pictures, model
+        )
+
+    one, same, other = keys(picture(SPLIT, 1)), keys(picture(SPLIT, 1)), keys(picture(SPLIT, 2))
+    assert (one == same).all() and 0 < common(one, other) < 12
+    assert common(keys(picture(SPLIT, 1), picture(PLAIN, 2)), keys(picture(SPLIT, 1), picture(PLAIN, 3))) > 20
+
+
+def test_prefixes_share_and_forget(model: Llama3V) -> None:
+    import mlx.core as mx
+
+    cache = model.make_cache()
+    model(mx.arange(20)[None], cache)
+    prefixes = Prefixes(10**6)
+    prefixes.add(np.arange(20), cache)
+    length, found = prefixes.find(np.array([*range(12), 99, 98]))
+    assert length == 12 and found[0].offset == 12
+    before = np.array(prefixes.find(np.arange(20))[1][0].keys)
+    model(mx.array([[99, 98]]), found)  # writing into the copy leaves the entry alone
+    model(mx.array([[97]]), cache)
+    assert (np.array(prefixes.find(np.arange(20))[1][0].keys) == before).all()
+    assert prefixes.find(np.arange(20))[0] == 19 and prefixes.find(np.array([5, 6]))[0] == 0
+    prefixes.add(np.arange(21), cache)
+    assert len(prefixes) == 1  # what an entry continues, it replaces
+    prefixes.add(np.arange(5), cache)
+    assert len(prefixes) == 1
+    tiny = Prefixes(prefixes.nbytes - 1)
+    tiny.add(np.arange(21), cache)
+    assert len(tiny) == 0 and tiny.nbytes == 0
+
+
+# --- questions from a file
+
+
+def test_jobs(tmp_path: Path) -> None:
+    session = load(make_directory(tmp_path / "model"))
+    (tmp_path / "a.png").write_bytes(png(1))
+    lines = [
+        '{"id": "x", "prompt": "What?", "image": "a.png"}', "", '{"prompt": "Both?", "images": ["a.png", "a.png"]}',
+        '{"prompt": "Broken?", "image": "none.png"}', '{"prompt": "Nothing?"}',
+    ]  # fmt: skip
+    jobs = read_jobs(lines, "q.jsonl", tmp_path)
+    assert [job.id for job in jobs] == ["x", "3", "4", "5"]
+    sampling, out, told = Sampling(max_tokens=5), tmp_path / "out.jsonl", []
+    with out.open("w") as file:
+        assert write_results(answer_jobs(session, jobs, sampling, 2), file, told.append) == (3, 1)
+    rows = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert "none.png" in rows["4"]["error"] and len(told) == 4
+    for job in (jobs[0], jobs[1], jobs[3]):
+        session.reset()
+        assert rows[job.id]["text"] == answer(session, job.prompt, job.images, max_tokens=5).text
+    with out.open("a") as file:
+        file.write('{"id": "5x", "pro')
+    assert answered(out) == {"x", "3", "5"}  # the failed one is asked again, the half line is gone
+    assert len(out.read_text().splitlines()) == 3 and answered(tmp_path / "none") == set()
+    (tmp_path / "mine.txt").write_text("my thesis\nline two\n")
+    with pytest.raises(DataError, match="not overwritten"):
+        answered(tmp_path / "mine.txt")
+    for line in ('{"prompt": 1}', "[]", "{", '{"prompt": "x", "imge": "y"}', '{"prompt": "x", "images": "y"}'):
+        with pytest.raises(DataError, match=r"q.jsonl, line 1"):
+            read_jobs([line], "q.jsonl", tmp_path)
+    with pytest.raises(DataError, match="more than once"):
+        read_jobs(['{"id": 1, "prompt": "x"}'] * 2, "q.jsonl", tmp_path)
+    assert list(answer_jobs(session, [], sampling)) == [] and write_results([], io.StringIO(), print) == (0, 0)
