@@ -1,4 +1,4 @@
-"""Memory of a conversion: a synthetic LLaVA checkpoint of some gigabytes through `convert --hf-path`, in its own process.
+"""Memory of a conversion: a synthetic LLaVA checkpoint through `convert --hf-path`, in a process of its own.
 
 Claim: the peak is no more than 1.5 times the largest shard of the source plus the output buffer.
 

@@ -138,14 +138,12 @@ class Conversation:
         _say("The conversation is forgotten.\n")
 
     def retry(self, _: str) -> None:
-        turn = self._undo()
-        self._stream(turn[0], turn[1], turn[2])
+        self._again(None)
 
     def edit(self, text: str) -> None:
         if not text:
             raise DataError("/edit needs the new text of the last question.")
-        _, pictures, paths = self._undo()
-        self._stream(text, pictures, paths)
+        self._again(text)
 
     def save(self, name: str) -> None:
         path = _named(name, "/save")
@@ -178,11 +176,20 @@ class Conversation:
         paths = tuple(self.waiting)
         self._stream(text, paths, paths)
 
-    def _undo(self) -> tuple[str, Sequence[Picture], tuple[Path, ...]]:
-        turn = self.session.undo()
+    def _again(self, text: str | None) -> None:
+        """Ask the last question anew; where that fails or is stopped at once, the old answer stays."""
+        mark, turn = self.session.mark(), self.session.undo()
         if turn is None:
             raise DataError("there is no question yet.")
-        return turn.text, turn.pictures, self.asked.pop()
+        paths, count = self.asked.pop(), len(self.asked)
+        waiting, self.waiting = self.waiting, []
+        try:
+            self._stream(text or turn.text, turn.pictures, paths)
+        finally:
+            self.waiting = waiting
+            if len(self.asked) == count:
+                self.session.back(mark)
+                self.asked.append(paths)
 
     def _stream(self, text: str, pictures: Sequence[Picture], paths: tuple[Path, ...]) -> None:
         before = len(self.session.turns)

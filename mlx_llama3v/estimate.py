@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from mlx_llama3v.config import ImageConfig, ProjectorConfig, SliceLayout, TilingConfig, VisionConfig
+from mlx_llama3v.data.hf import TableCell
 from mlx_llama3v.data.records import Problem
-from mlx_llama3v.data.sources import FilePart, Source
+from mlx_llama3v.data.sources import FilePart
 from mlx_llama3v.embeddings.codec import CODECS, get_codec
 from mlx_llama3v.errors import ImageError, StoreError
+from mlx_llama3v.source import Source
 from mlx_llama3v.vision.encode import Encoder
 from mlx_llama3v.vision.image import image_size
 from mlx_llama3v.vision.pool import pooled_layout
@@ -133,6 +135,8 @@ def scan(
         return [(name, _size(source, config.max_pixels)) for name, source in chunk]
 
     chunks = iter(lambda: list(islice(items, _CHUNK)), [])
+    if any(isinstance(source, TableCell) for source in pictures.values()):
+        threads = 1  # every thread that reads a table holds a part of it
     with ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool:
         for found in pool.map(measure, chunks):
             for name, size in found:
@@ -196,7 +200,7 @@ def measure(
     for source in pictures:
         started = time.perf_counter()
         try:
-            layout, found = encoder.prepare(source if isinstance(source, Path) else source.read())
+            layout, found = encoder.prepare(source)
         except (ImageError, OSError, ValueError):
             continue
         prepare_seconds += time.perf_counter() - started

@@ -53,6 +53,9 @@ def test_every_command(chat: Conversation, directory: Path, tmp_path: Path, caps
     saved = tmp_path / "talk.md"
     assert "2 turns" in said(f"/save {saved}")
     answers = chat.session.answers()
+    with pytest.raises(UserError, match="context holds"):
+        chat.take("/edit " + "long " * 60_000)
+    assert chat.session.answers() == answers and len(chat.asked) == 2  # a failed edit changes nothing
     assert "forgotten" in said("/reset") and chat.session.ids == []
     assert "2 turns" in said(f"/load {saved}")
     assert [turn.text for turn in chat.session.turns] == ["What is it?", "What then?"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+from itertools import pairwise
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -17,6 +19,7 @@ from mlx_llama3v.inference.batch import Running
 from mlx_llama3v.inference.jobs import answer_jobs, answered, read_jobs, write_results
 from mlx_llama3v.inference.prefixes import Prefixes
 from mlx_llama3v.inference.rows import common, place_keys
+from mlx_llama3v.inference.sampling import Sampler
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.text.prompt import Message, render
 from mlx_llama3v.vision.encode import Encoder
@@ -83,6 +86,17 @@ def test_an_edit_and_a_retry_equal_a_fresh_prefill(model: Llama3V) -> None:
         session.undo()
     assert session.undo() is None and session.ids == []
     assert answer(session, *SIX[1], max_tokens=6).tokens == answer(Session(model, TOKENS), *SIX[1], max_tokens=6).tokens
+
+
+def test_an_answer_that_is_dropped_for_another_question(model: Llama3V) -> None:
+    session = Session(model, TOKENS)
+    dropped = session.ask(*SIX[1], Sampling(max_tokens=30))
+    next(dropped), next(dropped)
+    second = session.ask(*SIX[2], Sampling(max_tokens=6))  # the first one is neither closed nor read to its end
+    kept, last = len(session.ids), list(second)[-1].answer
+    assert list(dropped) == [] and len(session.turns) == 2 and session.turns[1].start == kept
+    session.undo()
+    assert answer(fresh(session), *SIX[2], max_tokens=6).tokens == last.tokens
 
 
 def test_restore_goes_on_where_it_was(model: Llama3V) -> None:
@@ -208,6 +222,17 @@ def test_sampled_batches_equal_one_by_one(model: Llama3V) -> None:
             Sampling(**wrong)
 
 
+def test_every_place_has_its_own_random_number() -> None:
+    def drawn(seed: int) -> list[int]:
+        sampler = Sampler(Sampling(temp=1.0, seed=seed))
+        return [int(sampler.choose(mx.zeros((1, 8))).item()) for _ in range(240)]
+
+    one, two = drawn(1), drawn(2)
+    assert one == drawn(1) and sum(a == b for a, b in zip(one, two, strict=True)) < 60
+    assert all(12 < one.count(token) < 60 for token in range(8))
+    assert sum(a == b for a, b in pairwise(one)) < 60
+
+
 def test_rows_join_and_leave(model: Llama3V, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     step = Running.step
@@ -241,8 +266,6 @@ def test_place_keys_tell_pictures_apart(model: Llama3V) -> None:
 
 
 def test_prefixes_share_and_forget(model: Llama3V) -> None:
-    import mlx.core as mx
-
     cache = model.make_cache()
     model(mx.arange(20)[None], cache)
     prefixes = Prefixes(10**6)

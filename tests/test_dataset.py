@@ -110,6 +110,9 @@ def test_ahead_takes_files_alone(model: Path, tmp_path: Path) -> None:
     ahead = AheadConfig(str(model), budget=1 << 30)
     with pytest.raises(RunError, match=r"s\.tar holds its pictures itself .*run `llama3v-mlx embed`"):
         train(model, data, tmp_path / "store", tmp_path / "run", ahead=ahead)
+    (tmp_path / "rows.json").write_text(f"[{talk('<image>', 'x', image='https://x.org/a.png')}]")
+    with pytest.raises(RunError, match=r"rows\.json: 'https.*' cannot be embedded ahead: it is a web address"):
+        train(model, tmp_path / "rows.json", tmp_path / "store", tmp_path / "run", ahead=ahead)
 
 
 def test_pictures_alone_are_nothing_to_train_on(model: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from mlx_llama3v.embeddings.embed import EmbedProgress, EmbedSummary, embed_imag
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.errors import ImageError, StoreError
+from mlx_llama3v.source import Loaded
 
 WIDTH, CHANNELS = 4, 3
 LAYOUTS = (SliceLayout((2, 3)), SliceLayout((3, 2), 1, 2, (2, 2)), SliceLayout((2, 2), 2, 2, (1, 3)))
@@ -29,11 +30,11 @@ class FakeEncoder:
         self.numbers: list[float] = []
         self.lock = threading.Lock()
 
-    def prepare(self, source: str | Path) -> tuple[SliceLayout, list[np.ndarray]]:
+    def prepare(self, source: Loaded) -> tuple[SliceLayout, list[np.ndarray]]:
         assert threading.current_thread() is not threading.main_thread()
         with self.lock:
-            self.prepared.append(Path(source).name)
-        text = Path(source).read_text()
+            self.prepared.append(Path(source.name).name)
+        text = source.content.decode()
         if not text.isdecimal():
             raise ImageError(f"{source} cannot be read as a picture: it says {text!r}.")
         return self.split(int(text))
@@ -232,7 +233,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, folder: Path) -> None:
 
 def test_a_bug_in_prepare_is_not_a_failed_picture(tmp_path: Path, folder: Path) -> None:
     class Buggy(FakeEncoder):
-        def prepare(self, source: str | Path) -> tuple[SliceLayout, list[np.ndarray]]:
+        def prepare(self, source: Loaded) -> tuple[SliceLayout, list[np.ndarray]]:
             raise ValueError("shapes do not match")
 
     with pytest.raises(ValueError, match="shapes do not match"):

@@ -21,11 +21,10 @@ from mlx_llama3v.tensors import read_tensors
 from mlx_llama3v.weights.convert import QuantConfig, convert
 from mlx_llama3v.weights.export import export_hf
 from mlx_llama3v.weights.vlm import convert_vlm
-from tests.family_parity import answer, without_stop
+from tests.family_parity import answer, gap, without_stop
 from tests.hf_edit import edit
 from tests.hf_llama import LLAMA3_SCALING, make_llama
 from tests.hf_llava import make_llava, picture
-from tests.hf_parity import distance
 from tests.hf_siglip import make_siglip
 
 QUESTION = "What does the sign say?"
@@ -79,7 +78,7 @@ def check_equal(ours: Path, exported: Path, image: Path) -> None:
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     expected, answered = answer(ours, image, QUESTION)
     assert logits.shape == expected.shape
-    assert distance(expected, logits) <= 1e-4
+    assert gap(expected, logits) <= 1e-4
     assert answered == without_stop(tokens, load(ours).tokens.stop)
 
 

@@ -159,9 +159,18 @@ def test_a_folder_of_parquet_and_its_files_agree_on_names(tmp_path: Path) -> Non
     assert read_data(tmp_path / "train-*.parquet").names == data.names
     assert set(read_data(tmp_path / "train-00001-of-00002.parquet").names) < set(data.names)
     pq.write_table(table(rows(4)), tmp_path / "test-00000-of-00001.parquet")
-    with pytest.raises(DataError, match=r"holds the splits test, train; give one, as '.*test\*\.parquet'"):
+    with pytest.raises(DataError, match=r"holds the splits test, train; give one, as '.*/train\*\.parquet'"):
         read_data(tmp_path)
     assert read_data(tmp_path / "train*.parquet").names == data.names
+
+
+def test_splits_in_folders_of_their_own(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / "default" / split).mkdir(parents=True)
+        pq.write_table(table(rows(4)), tmp_path / "default" / split / "0000.parquet")
+    with pytest.raises(DataError, match=r"give one, as '.*/default/train'"):
+        read_data(tmp_path)
+    assert len(read_data(tmp_path / "default" / "train").records) == 4
 
 
 def test_a_saved_data_set(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ PACKAGE = "mlx_llama3v"
 
 # Left may not import right; names in one group may import each other unless they are set APART.
 ORDER = (
-    ("errors", "version", "platform", "layout", "config"),
+    ("errors", "version", "platform", "layout", "source", "config"),
     ("tensors",),
     ("vision", "text"),
     ("embeddings",),
@@ -36,7 +36,7 @@ RANK = {name: rank for rank, group in enumerate(ORDER) for name in group}
 APART = ("vision", "text"), ("train", "vision"), ("data", "vision"), ("train", "inference"), ("data", "score")
 NEVER = {pair for a, b in APART for pair in ((a, b), (b, a))}
 # Third-party modules that only these files may import.
-ONLY_IN = {"mlx_lm": ("compat.py",), "torch": ("demo/bases*.py",), "datasets": ("data/hf.py", "demo/*.py")}
+ONLY_IN = {"mlx_lm": ("compat.py",), "torch": ("demo/bases*.py",), "datasets": (), "pyarrow": ("data/hf.py",)}
 MAY_PRINT = ("demo/bases*.py", "cli/*.py")  # programs of their own, not library code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,6 +102,22 @@ def test_a_conversation_with_a_picture(page: Page, served: Served, picture: Path
     assert page.idle(2) and page.answers() == before
     page.one("#new").click()
     assert not page.all(".turn") and page.one("#hint").is_displayed()
+
+
+@pytest.mark.parametrize("how", ["drop", "paste"])
+def test_pictures_are_dropped_and_pasted(page: Page, how: str) -> None:
+    script = """
+    const bytes = Uint8Array.from(atob(arguments[0]), (c) => c.charCodeAt(0));
+    const carried = new DataTransfer();
+    carried.items.add(new File([bytes], "a.png", { type: "image/png" }));
+    const how = { bubbles: true, cancelable: true, dataTransfer: carried, clipboardData: carried };
+    const kind = arguments[1] === "drop" ? DragEvent : ClipboardEvent;
+    document.body.dispatchEvent(new kind(arguments[1], how));
+    """
+    page.driver.execute_script(script, base64.b64encode(png(1)).decode(), how)
+    assert wait_until(lambda: len(page.all("#waiting figure")) == 1)
+    page.one("#waiting .remove").click()
+    assert not page.all("#waiting figure")
 
 
 def test_it_streams_and_stops(page: Page, served: Served) -> None:

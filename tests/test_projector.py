@@ -154,8 +154,8 @@ def test_markers_are_small_at_first() -> None:
 
 
 def test_bad_settings_are_named() -> None:
-    with pytest.raises(CheckpointError, match="kind is 'resampler'"):
-        Projector(ProjectorConfig("resampler"))
+    with pytest.raises(CheckpointError, match="kind is 'magic'"):
+        Projector(ProjectorConfig("magic"))
     with pytest.raises(CheckpointError, match="hidden_dim is 18"):
         Projector(ProjectorConfig(hidden_dim=18, num_heads=2))
 

@@ -29,7 +29,7 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-NOWHERE = ("data/../../secret.png", "../none.png")
+NOWHERE = ("data/../../secret.png", "a.png/../link.png", "../none.png")
 ESCAPES = ["../secret.png", "sub/../../secret.png", "link.png", "folder/b.png", *NOWHERE]
 
 

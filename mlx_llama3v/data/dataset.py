@@ -15,14 +15,15 @@ from pathlib import Path
 from mlx_llama3v.data.hf import Table, arrow_files, is_saved, read_table
 from mlx_llama3v.data.llava import PICTURES, files_below, folder_images, read_records, search_folders
 from mlx_llama3v.data.records import Problem, Record
-from mlx_llama3v.data.sources import Folders, Source
+from mlx_llama3v.data.sources import Folders
 from mlx_llama3v.data.webdataset import Shard, read_shard
 from mlx_llama3v.errors import DataError
+from mlx_llama3v.source import Source
 
 _TARS = (".tar",)
 _PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 _TABLES = (".parquet",)
-_SPLIT = re.compile(r"(train|test|val|validation|dev)[-_.]")
+_SPLIT = re.compile(r"(?:^|/)(train|test|val|validation|dev)(?=[-_./])")
 _MAGIC = re.compile(r"[*?\[{]")
 
 
@@ -143,9 +144,11 @@ def _read_folder(folder: Path) -> DataSet:
     if len(kinds) > 1 or any(files_below(folder, PICTURES)):
         raise DataError(f"{folder} holds {' and '.join(kinds)} files beside others; give a pattern, as {folder}/*.tar.")
     ending, files = next(iter(kinds.items()))
-    splits = sorted({match[1] for file in files if (match := _SPLIT.match(file.name))})
+    splits = {match[1]: file for file in files if (match := _SPLIT.search(file.relative_to(folder).as_posix()))}
     if len(splits) > 1:
-        raise DataError(f"{folder} holds the splits {', '.join(splits)}; give one, as '{folder}/{splits[0]}*{ending}'.")
+        split, file = max(splits.items())  # after "test" in the alphabet: "train", where it is there
+        one = f"{file.parent}/{split}*{ending}" if file.name.startswith(split) else file.parent
+        raise DataError(f"{folder} holds the splits {', '.join(sorted(splits))}; give one, as '{one}'.")
     return _read_files(folder, files, folder)
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from mlx_llama3v.data.llava import caption_row, read_row
 from mlx_llama3v.data.records import Problem, Record
-from mlx_llama3v.data.sources import Source
 from mlx_llama3v.errors import DataError
+from mlx_llama3v.source import Source
 
 _SPLITS, _STATE = "dataset_dict.json", "state.json"  # what save_to_disk leaves beside the tables
 _TALK = ("messages", "conversations", "caption", "text", "id", "system_prompt")
@@ -38,7 +38,11 @@ class TableCell:
     index: int
 
     def read(self) -> bytes:
-        """Rows that are asked for in rising order are read once. Raises OSError."""
+        """Rows that are asked for in rising order are read once, by each thread. Raises OSError.
+
+        A thread then holds a page of its row group, uncompressed: writers that look at a page's size only every
+        1,024 rows, as pyarrow does, make that the whole group. Arrow files are mapped and cost no memory.
+        """
         reader = getattr(_open, "reader", None)
         if reader is None or (reader.path, reader.column) != (self.path, self.column):
             reader = _open.reader = _Reader(self.path, self.column)
@@ -185,9 +189,6 @@ def _row_pictures(path: Path, opened: Any, column: str) -> Iterator[list[Any]]:
             count = bytes_leaf.num_values - stats.null_count if stats is not None and stats.has_null_count else -1
             if count == sum(map(len, rows)):  # all have bytes: their paths say nothing
                 yield from ([None] * len(row) for row in rows)
-                continue
-            if count == 0:
-                yield from rows
                 continue
         for batch in opened.iter_batches(_BATCH, row_groups=[group], columns=[column], use_threads=False):
             yield from map(_names, batch.column(0))

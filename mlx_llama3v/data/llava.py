@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_llama3v.data.records import Problem, Record, RecordFile
-from mlx_llama3v.data.sources import Folders, Source
+from mlx_llama3v.data.sources import Folders
 from mlx_llama3v.errors import DataError
+from mlx_llama3v.source import Source
 from mlx_llama3v.text.prompt import Message
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".jp2")

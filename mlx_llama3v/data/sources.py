@@ -1,8 +1,4 @@
-"""Where a picture's bytes lie: in a file of its own, inside a tar shard or a table, or nowhere that may be read.
-
-A source is a `pathlib.Path` or one of the small frozen values here and in hf.py: picklable, so that worker
-processes can open it; `read()` gives the bytes or raises OSError; `str()` names it in messages.
-"""
+"""Pictures that are no files of their own (see source.py), and the folders in which files are looked up."""
 
 from __future__ import annotations
 
@@ -11,22 +7,10 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeAlias
+
+from mlx_llama3v.source import Source
 
 _HEAD = 1 << 16  # bytes that hold the header of nearly every picture
-
-
-class Held(Protocol):
-    """A picture that is no file of its own."""
-
-    def read(self) -> bytes:
-        """All bytes of the picture. Raises OSError."""
-
-    def __str__(self) -> str:
-        """What messages call it."""
-
-
-Source: TypeAlias = Path | Held
 
 
 @dataclass(frozen=True)
@@ -118,7 +102,7 @@ class Folders:
 
     def _real(self, place: Path) -> str:
         """realpath(); pictures of one folder share the work."""
-        if os.path.islink(place) or place.name in ("", ".."):
+        if os.path.islink(place) or not place.name or ".." in place.parts:
             return os.path.realpath(place)
         folder = str(place.parent)
         if folder not in self._real_folders:

@@ -15,8 +15,9 @@ from typing import Any
 
 from mlx_llama3v.data.llava import PICTURES, caption_row, read_row
 from mlx_llama3v.data.records import Problem, Record
-from mlx_llama3v.data.sources import FilePart, Source
+from mlx_llama3v.data.sources import FilePart
 from mlx_llama3v.errors import DataError
+from mlx_llama3v.source import Source
 
 TEXTS = (".txt", ".caption", ".cap")
 _MOST_TEXT = 16 << 20  # bytes of one caption or conversation
@@ -99,7 +100,7 @@ def _members(path: Path, name: str, problems: list[Problem]) -> Iterator[tuple[t
                 return
             file.seek(tar.offset)
             rest = file.read(512)
-            if not rest:
+            if len(rest) < 512 and not rest.strip(b"\0"):
                 problems.append(Problem(name, "it has no end mark, so it may be cut short; what is there is used"))
             elif rest.strip(b"\0"):
                 problems.append(Problem(name, f"damaged at byte {tar.offset}; what stands before is used"))

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from itertools import islice
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +21,7 @@ import numpy as np
 from mlx_llama3v.config import Encoded, Grid, SliceLayout
 from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.errors import ImageError
+from mlx_llama3v.source import Loaded, Source, load_source
 
 _WINDOW = 4  # batches that are collected before encoding: slices of like shape find each other there
 
@@ -29,7 +29,7 @@ _WINDOW = 4  # batches that are collected before encoding: slices of like shape 
 class Encoder(Protocol):
     """What is asked of vision.encode.Encoder."""
 
-    def prepare(self, source: str | Path) -> tuple[SliceLayout, list[np.ndarray]]:
+    def prepare(self, source: Loaded) -> tuple[SliceLayout, list[np.ndarray]]:
         """Layout and the patches [P_i, C] of each slice; called in threads. Raises ImageError."""
 
     def encode(self, slices: Sequence[tuple[Grid, np.ndarray]], batch_size: int) -> list[np.ndarray]:
@@ -110,7 +110,7 @@ class _Run:
 
 
 def embed_images(
-    images: Iterable[tuple[str, str | Path]],
+    images: Iterable[tuple[str, Source]],
     encoder: Encoder,
     writer: StoreWriter,
     *,
@@ -152,7 +152,7 @@ def embed_images(
 
 
 def _prepare_ahead(
-    todo: Sequence[tuple[str, str | Path]],
+    todo: Sequence[tuple[str, Source]],
     encoder: Encoder,
     writer: StoreWriter,
     workers: int,
@@ -178,18 +178,19 @@ def _prepare_ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def _prepare(path: str | Path, encoder: Encoder, has_hash: Callable[[str], bool]) -> _Prepared:
+def _prepare(source: Source, encoder: Encoder, has_hash: Callable[[str], bool]) -> _Prepared:
     """Runs in a thread. The hash comes first, so that bytes which are stored cost no decoding."""
     try:
-        sha = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        loaded = load_source(source)
     except FileNotFoundError:
-        return _Prepared(reason=f"{path} does not exist.")
+        return _Prepared(reason=f"{source} does not exist.")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        return _Prepared(reason=f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.")
+        return _Prepared(reason=f"{source} cannot be read: {getattr(error, 'strerror', None) or error}.")
+    sha = hashlib.sha256(loaded.content).hexdigest()
     if has_hash(sha):
         return _Prepared(sha)
     try:
-        return _Prepared(sha, *encoder.prepare(path))
+        return _Prepared(sha, *encoder.prepare(loaded))
     except ImageError as error:
         return _Prepared(sha, reason=str(error))
 

@@ -68,6 +68,9 @@ class Turn:
     length: int
 
 
+Mark = tuple[list[int], list[Turn], list[int], list[Encoded]]
+
+
 class Session:
     """A conversation with one model.
 
@@ -96,9 +99,11 @@ class Session:
         self._pictures: list[Encoded] = []
         self._held = np.zeros(0, np.int64)
         self._cache = self.model.make_cache()
+        self._open: Writer | None = None  # of the answer that is being read
 
     def undo(self) -> Turn | None:
         """Take the last turn back, with its answer; what it shares with the next one need not be prefilled again."""
+        self._settle()
         if not self.turns:
             return None
         turn = self.turns.pop()
@@ -106,8 +111,19 @@ class Session:
         del self._pictures[len(self._pictures) - len(turn.pictures) :]
         return turn
 
+    def mark(self) -> Mark:
+        """Where the conversation stands, for `back`."""
+        self._settle()
+        return list(self.ids), list(self.turns), list(self._source), list(self._pictures)
+
+    def back(self, mark: Mark) -> None:
+        """Return to where the conversation stood."""
+        self._settle()
+        self.ids, self.turns, self._source, self._pictures = (list(part) for part in mark)  # type: ignore[assignment]
+
     def answers(self) -> list[str]:
         """The answer of every turn so far."""
+        self._settle()
         ends = [turn.start for turn in self.turns[1:]] + [len(self.ids)]
         starts = [turn.start + turn.length for turn in self.turns]
         return [self.tokens.decode(self.ids[a:b]) for a, b in zip(starts, ends, strict=True)]
@@ -132,6 +148,7 @@ class Session:
         left early leaves the answer cut off there. Raises ImageError; ContextError for a turn that does not
         fit the context, a picture without visual tokens, or a picture where there is no vision tower.
         """
+        self._settle()
         sampling = sampling or Sampling()
         started = perf_counter()
         pictures = [self.encode(image) for image in images]
@@ -195,10 +212,12 @@ class Session:
         cached = min(common(self._held, keys), len(row) - 1)  # the last token is processed for its logits
         trim_prompt_cache(self._cache, self._cache[0].offset - cached)
         self._held = keys[:cached]
-        writer = Writer(self.tokens, sampling, max_tokens)
+        self._open = writer = Writer(self.tokens, sampling, max_tokens)
         with closing(self._steps(row, everything, cached, sampling, max_tokens)) as steps:
             try:
                 for token in steps:
+                    if self._open is not writer:
+                        return  # something else was asked meanwhile
                     if len(self._held) == cached:
                         prefilled = perf_counter()
                         self._note(turn, text, pictures)
@@ -208,7 +227,8 @@ class Session:
                     if writer.finish:
                         break
             finally:  # also where the reader left: what was said so far ends the conversation
-                self._say(writer.tokens)
+                if self._open is writer:
+                    self._settle()
         rest = writer.close("length")
         timings = Timings(encode, prefilled - started, perf_counter() - prefilled)
         slices, visual = sum(len(p.layout.grids) for p in pictures), visual_tokens(self.model, pictures)
@@ -216,11 +236,12 @@ class Session:
         finish = writer.finish or "length"
         yield Piece(rest, Answer(writer.text, answer, finish, len(row) - cached, cached, timings, slices, visual))
 
-    def _say(self, answer: Sequence[int]) -> None:
-        """The answer ends the conversation; what the cache holds beyond is trimmed with the next turn."""
-        self.ids += answer
-        self._source += [0] * len(answer)
-        self._held = np.concatenate([self._held, np.array(answer, np.int64)])
+    def _settle(self) -> None:
+        """What was said of the open answer ends the conversation; what the cache holds beyond is trimmed later."""
+        said, self._open = self._open.tokens if self._open else [], None
+        self.ids += said
+        self._source += [0] * len(said)
+        self._held = np.concatenate([self._held, np.array(said, np.int64)])
 
     def _steps(
         self, row: Rendered, pictures: Sequence[Encoded], start: int, sampling: Sampling, max_tokens: int

@@ -23,6 +23,7 @@ from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from mlx_llama3v.errors import UserError
 from mlx_llama3v.inference.answer import Answer
@@ -82,14 +83,19 @@ def make_app(worker: Worker, config: ServeConfig, model: str) -> FastAPI:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refusal("the request's Content-Type is not application/json.", status=415)
         body = bytearray()
+
+        async def collect() -> None:
+            async for chunk in request.stream():
+                body.extend(chunk)
+                if len(body) > config.max_body:
+                    raise Refusal(f"the request is larger than {config.max_body} bytes.", status=413)
+
         try:
-            async with asyncio.timeout(seconds) if hasattr(asyncio, "timeout") else _no_timeout():
-                async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > config.max_body:
-                        raise Refusal(f"the request is larger than {config.max_body} bytes.", status=413)
-        except TimeoutError:
+            await asyncio.wait_for(collect(), seconds)
+        except (asyncio.TimeoutError, TimeoutError):
             raise Refusal("the request did not arrive in time.", status=408) from None
+        except ClientDisconnect:
+            raise Refusal("the client left.", status=499) from None
         return parse_json(bytes(body))
 
     @app.get("/health")
@@ -181,11 +187,6 @@ def make_app(worker: Worker, config: ServeConfig, model: str) -> FastAPI:
             CORSMiddleware, allow_origins=list(config.cors_origin), allow_methods=["GET", "POST"], allow_headers=["*"]
         )
     return app
-
-
-@asynccontextmanager
-async def _no_timeout() -> AsyncIterator[None]:
-    yield  # Python 3.10 has no asyncio.timeout
 
 
 async def _next(request: Any, events: asyncio.Queue[Event]) -> Event | None:

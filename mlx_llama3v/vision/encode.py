@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -18,10 +17,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_llama3v.config import Encoded, Grid, ImageConfig, SliceLayout, TilingConfig, VisionConfig
-from mlx_llama3v.vision.image import cut, open_image
+from mlx_llama3v.vision.image import Source, cut, open_image
 from mlx_llama3v.vision.pool import pool_picture
 from mlx_llama3v.vision.siglip import VisionTower, position_table
-from mlx_llama3v.vision.tiling import plan
+from mlx_llama3v.vision.tiling import Plan, Size, plan
 
 Slice = tuple[Grid, np.ndarray]  # patch grid (rows, columns) and patches [rows*columns, p*p*3]
 
@@ -52,11 +51,17 @@ class Encoder:
         self.tower, self.vision, self.image, self.tiling = tower, vision, image, tiling
         self.layer, self.pool = layer, pool
 
-    def prepare(self, source: str | Path | bytes) -> tuple[SliceLayout, list[np.ndarray]]:
+    def prepare(self, source: Source) -> tuple[SliceLayout, list[np.ndarray]]:
         """Open, split and cut a picture: its layout and the patches [P_i, p*p*3] of each slice, in
         `layout.grids` order. Touches no MLX array: safe in threads. Raises ImageError."""
-        picture = open_image(source, self.image.max_pixels)
-        slices = plan(*picture.size, self.vision, self.tiling)
+        plans: list[Plan] = []
+
+        def need(size: Size) -> Size:
+            plans.append(plan(*size, self.vision, self.tiling))
+            return plans[0].largest_px
+
+        picture = open_image(source, self.image.max_pixels, need)
+        slices = plans[0]
         pixels = cut(picture, slices, self.image)
         return slices.layout, [patchify(piece, self.vision.patch_size) for piece in pixels]
 
@@ -89,7 +94,7 @@ class Encoder:
             mask = mx.arange(longest)[None] < mx.array(lengths)[:, None]
         return self.tower(mx.array(patches), positions, mask, self.layer)
 
-    def embed(self, source: str | Path | bytes, batch_size: int = 8) -> Encoded:
+    def embed(self, source: Source, batch_size: int = 8) -> Encoded:
         """One picture's embeddings, fresh and pooled: float32 [layout.patches, D]. Raises ImageError."""
         layout, patches = self.prepare(source)
         slices = [*zip(layout.grids, patches, strict=True)]

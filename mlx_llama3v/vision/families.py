@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -21,7 +20,7 @@ from PIL import Image
 from mlx_llama3v.config import Grid, ModelConfig, SliceLayout, TilingConfig
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.vision.encode import Encoder, Slice, patchify
-from mlx_llama3v.vision.image import cut, open_image
+from mlx_llama3v.vision.image import Source, cut, open_image
 from mlx_llama3v.vision.siglip import VisionTower, _bicubic
 from mlx_llama3v.vision.tiling import plan
 
@@ -47,7 +46,7 @@ def make_encoder(tower: VisionTower, config: ModelConfig, tiling: TilingConfig |
 class PaddingEncoder(Encoder):
     """Pads a picture to a square of the mean colour first (tiling mode "pad")."""
 
-    def opened(self, source: str | Path | bytes) -> Image.Image:
+    def opened(self, source: Source) -> Image.Image:
         """The picture, made square where the tiling says so. Raises ImageError."""
         picture = open_image(source, self.image.max_pixels)
         if self.tiling.mode != "pad" or picture.width == picture.height:
@@ -58,7 +57,7 @@ class PaddingEncoder(Encoder):
         square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
         return square
 
-    def prepare(self, source: str | Path | bytes) -> tuple[SliceLayout, list[np.ndarray]]:
+    def prepare(self, source: Source) -> tuple[SliceLayout, list[np.ndarray]]:
         """See Encoder."""
         picture = self.opened(source)
         slices = plan(*picture.size, self.vision, self.tiling)
@@ -73,7 +72,7 @@ class PaddingEncoder(Encoder):
 class ScalesEncoder(PaddingEncoder):
     """S2: [P, 3 * D] a slice, from 1 + 4 + 9 native tiles of one square picture."""
 
-    def prepare(self, source: str | Path | bytes) -> tuple[SliceLayout, list[np.ndarray]]:
+    def prepare(self, source: Source) -> tuple[SliceLayout, list[np.ndarray]]:
         """One slice of the native grid, whose patches are those of all tiles, scale after scale."""
         picture = self.opened(source)
         side = self.vision.image_size
@@ -123,7 +122,7 @@ class StripEncoder(PaddingEncoder):
     flat = True
     norm = True
 
-    def prepare(self, source: str | Path | bytes) -> tuple[SliceLayout, list[np.ndarray]]:
+    def prepare(self, source: Source) -> tuple[SliceLayout, list[np.ndarray]]:
         """See Encoder; with `flat` every slice has as many rows as the longest of the picture."""
         layout, patches = super().prepare(source)
         if not self.flat:

@@ -10,18 +10,20 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from mlx_llama3v.config import ImageConfig
 from mlx_llama3v.errors import ImageError
+from mlx_llama3v.source import Held
 from mlx_llama3v.vision.tiling import Plan, Size
 
-Source = str | Path | bytes
+Source: TypeAlias = str | Path | bytes | Held
 
 # What Pillow's decoders were seen to raise on broken files; they do not keep to OSError.
 _DECODER_ERRORS = (
@@ -36,20 +38,24 @@ def image_size(source: Source, max_pixels: int) -> Size:
     A file with a good header may still fail to decode.
     """
     with _reading(source, max_pixels) as image:
-        width, height = image.size
-        # PNG's own getexif decodes the picture to look behind the pixels; the general one reads the header.
-        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-        turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"  # Pillow turns a TIFF itself
-        return (height, width) if turned else (width, height)
+        return _turned(image, image.size)
 
 
-def open_image(source: Source, max_pixels: int) -> Image.Image:
+def open_image(source: Source, max_pixels: int, need: Callable[[Size], Size] | None = None) -> Image.Image:
     """The picture as upright 8-bit RGB, transparency over white, an animation's first frame.
 
     Refuses pictures of more than `max_pixels` before it decodes them (Pillow's own limit stays in force above
     that). Raises ImageError for these and for everything that cannot be read whole.
+
+    `need` is told the upright size and returns the (width, height) that the picture will be resized to: a JPEG is
+    then decoded at an eighth, a quarter or half of its size, whichever still is twice that. On photos this differs
+    from decoding it whole by 0.3 to 1.5 grey levels on average (tests/test_image.py), and is several times faster.
     """
     with _reading(source, max_pixels) as image:
+        if need is not None:
+            width, height = _turned(image, need(_turned(image, image.size)))
+            if image.format == "JPEG":
+                image.draft(None, (2 * width, 2 * height))
         image.load()  # once: on some broken files a second call returns silently
         return _rgb(ImageOps.exif_transpose(image))
 
@@ -71,11 +77,21 @@ def cut(image: Image.Image, plan: Plan, config: ImageConfig) -> list[np.ndarray]
     return [(np.asarray(s, np.float32) * np.float32(config.rescale_factor) - mean) / std for s in slices]
 
 
+def _turned(image: Image.Image, size: Size) -> Size:
+    """`size` of the stored picture as it is upright, or the other way round."""
+    # PNG's own getexif decodes the picture to look behind the pixels; the general one reads the header.
+    orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"  # Pillow turns a TIFF itself
+    return (size[1], size[0]) if turned else size
+
+
 @contextmanager
 def _reading(source: Source, max_pixels: int) -> Iterator[Image.Image]:
     """The opened file, size checked; whatever goes wrong inside becomes an ImageError."""
     name = f"the picture of {len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
+        if not isinstance(source, (str, Path, bytes)):
+            source = source.read()
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             width, height = image.size
             if width * height > max_pixels:

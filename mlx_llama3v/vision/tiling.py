@@ -27,6 +27,12 @@ class Plan:
     overview_px: Size
     tile_px: Size = (0, 0)
 
+    @property
+    def largest_px(self) -> Size:
+        """What holds everything that the picture is resized to."""
+        (w, h), (tile_w, tile_h) = self.overview_px, self.tile_px
+        return max(w, self.layout.cols * tile_w), max(h, self.layout.rows * tile_h)
+
 
 def plan(width: int, height: int, vision: VisionConfig, tiling: TilingConfig) -> Plan:
     """The slices of a picture of `width` x `height` pixels, both at least 1; it never fails on a shape.

@@ -14,10 +14,9 @@ from PIL import Image
 from mlx_llama3v.inference import load
 from mlx_llama3v.weights.vlm import convert_vlm
 from tests import hf_family as hf
-from tests.family_parity import answer
+from tests.family_parity import answer, gap
 from tests.hf_edit import edit
 from tests.hf_llava import picture
-from tests.hf_parity import distance
 
 QUESTION = "What does it say?"
 SYSTEM = (
@@ -98,7 +97,7 @@ def test_logits_and_greedy_answer(scales: tuple[int, ...], size: tuple[int, int]
     expected, tokens = reference.answer(image)
     found, ours = answer(tmp_path / "model", image, QUESTION)
     assert found.shape == expected.shape
-    assert distance(found, expected) <= 1e-4
+    assert gap(found, expected) <= 1e-4
     assert ours == tokens
 
 
@@ -109,7 +108,7 @@ def test_the_tuned_tower_is_the_one_in_the_file(tmp_path: Path) -> None:
     name = "vision_tower.encoder.layers.1.self_attn.out_proj.bias"
     edit(tmp_path / "model", lambda weights: weights.update({name: weights[name] + 0.2}))
     image = picture(tmp_path / "a.png")
-    assert distance(answer(tmp_path / "model", image, QUESTION)[0], reference.answer(image)[0]) > 1e-3
+    assert gap(answer(tmp_path / "model", image, QUESTION)[0], reference.answer(image)[0]) > 1e-3
 
 
 def test_the_prompt_is_vicunas(tmp_path: Path) -> None:

@@ -13,10 +13,9 @@ import pytest
 from mlx_llama3v.checkpoint import load_config
 from mlx_llama3v.inference import load
 from mlx_llama3v.weights.vlm import convert_vlm
-from tests.family_parity import answer, greedy, prompt_logits, without_stop
+from tests.family_parity import answer, gap, greedy, prompt_logits, without_stop
 from tests.hf_edit import copy, edit
 from tests.hf_llava import make_llava, picture, reference
-from tests.hf_parity import distance
 
 QUESTION = "What does the sign say?"
 TOLERANCE = 1e-4
@@ -49,7 +48,7 @@ def same_answer(directory: Path, source: Path, image: Path) -> float:
     found, ours = answer(directory, image, QUESTION)
     assert found.shape == expected.shape
     assert ours == without_stop(tokens, load(directory).tokens.stop)
-    return distance(found, expected)
+    return gap(found, expected)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -107,7 +106,7 @@ def test_a_perturbed_weight_shows(name: str, theirs: Path, image: Path, tmp_path
     convert_vlm(theirs, tmp_path / "model")
     edit(tmp_path / "model", lambda weights: weights.update({name: weights[name] + 0.05}))
     expected, _ = reference(theirs, image, QUESTION)
-    assert distance(prompt_logits(load(tmp_path / "model"), image, QUESTION), expected) > 10 * TOLERANCE
+    assert gap(prompt_logits(load(tmp_path / "model"), image, QUESTION), expected) > 10 * TOLERANCE
 
 
 def test_the_unused_last_block_does_not_matter(theirs: Path, image: Path, tmp_path: Path) -> None:

@@ -30,10 +30,9 @@ from mlx_llama3v.weights.family import Source, rename
 from mlx_llama3v.weights.minicpm import FAMILY
 from mlx_llama3v.weights.vlm import convert_vlm
 from tests import hf_family as hf
-from tests.family_parity import answer
+from tests.family_parity import answer, gap
 from tests.hf_edit import edit, edit_json
 from tests.hf_llava import picture
-from tests.hf_parity import distance
 
 QUESTION = "What does it say?"
 QUERIES, WIDTH, SIDE, PATCH = 6, 256, 980, 14
@@ -179,7 +178,7 @@ def test_logits_and_greedy_answer(kind: str, size: tuple[int, int], tmp_path: Pa
     expected, tokens = reference.answer(image)
     found, ours = answer(tmp_path / "model", image, QUESTION, 4)
     assert found.shape == expected.shape
-    assert distance(found, expected) <= 1e-4
+    assert gap(found, expected) <= 1e-4
     assert ours == tokens
 
 
@@ -196,7 +195,7 @@ def test_a_perturbed_weight_and_the_other_mode_show(tmp_path: Path) -> None:
     assert flat.shape == strip.shape and np.abs(flat - strip).max() > 0.1
     name = "projector.body.ln_kv.bias"
     edit(tmp_path / "model", lambda weights: weights.update({name: weights[name] + 0.3}))
-    assert distance(answer(tmp_path / "model", image, QUESTION, 1)[0], expected) > 1e-3
+    assert gap(answer(tmp_path / "model", image, QUESTION, 1)[0], expected) > 1e-3
 
 
 def test_2d_mode_is_idefics_2(tmp_path: Path) -> None:
@@ -210,7 +209,7 @@ def test_2d_mode_is_idefics_2(tmp_path: Path) -> None:
     piece = slices(Image.open(image).convert("RGB"))[0][0]
     with torch.no_grad():
         expected = reference.tower(hf.pixels(piece, piece.size)).last_hidden_state[0].numpy()
-    assert distance(found, expected) <= 1e-4
+    assert gap(found, expected) <= 1e-4
 
 
 def test_every_name_of_llama3v_is_mapped() -> None:

@@ -12,10 +12,9 @@ from PIL import Image
 
 from mlx_llama3v.weights.vlm import convert_vlm
 from tests import hf_family as hf
-from tests.family_parity import answer
+from tests.family_parity import answer, gap
 from tests.hf_edit import edit
 from tests.hf_llava import picture
-from tests.hf_parity import distance
 
 QUESTION = "What does it say?"
 SYSTEM = (
@@ -76,9 +75,9 @@ def test_logits_and_greedy_answer(side: int, layout: str | None, tmp_path: Path)
     report = convert_vlm(root, tmp_path / "model", prompt_layout=layout)
     assert report.config.sources["family"] == "vila"
     found, ours = answer(tmp_path / "model", image, QUESTION)
-    assert found.shape == expected.shape and distance(found, expected) <= 1e-4 and ours == tokens
+    assert found.shape == expected.shape and gap(found, expected) <= 1e-4 and ours == tokens
     edit(tmp_path / "model", lambda w: w.update({"projector.body.norm.bias": w["projector.body.norm.bias"] + 0.2}))
-    assert distance(answer(tmp_path / "model", image, QUESTION)[0], expected) > 1e-3
+    assert gap(answer(tmp_path / "model", image, QUESTION)[0], expected) > 1e-3
 
 
 def test_the_grid_is_transposed() -> None:

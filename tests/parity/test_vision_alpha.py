@@ -11,10 +11,9 @@ from PIL import Image
 
 from mlx_llama3v.weights.vlm import convert_vlm
 from tests import hf_family as hf
-from tests.family_parity import answer
+from tests.family_parity import answer, gap
 from tests.hf_edit import edit
 from tests.hf_llava import picture
-from tests.hf_parity import distance
 
 QUESTION = "What does it say?"
 
@@ -44,7 +43,7 @@ def test_logits_and_greedy_answer(prefix: str, tmp_path: Path) -> None:
     expected, tokens = hf.decode(llm, inputs, stop)
     assert convert_vlm(tmp_path / "hf", tmp_path / "model").config.sources["family"] == "vision-alpha"
     found, ours = answer(tmp_path / "model", image, QUESTION)
-    assert found.shape == expected.shape and distance(found, expected) <= 1e-4 and ours == tokens
+    assert found.shape == expected.shape and gap(found, expected) <= 1e-4 and ours == tokens
     name = "projector.body.linear_2.bias"
     edit(tmp_path / "model", lambda weights: weights.update({name: weights[name] + 0.2}))
-    assert distance(answer(tmp_path / "model", image, QUESTION)[0], expected) > 1e-3
+    assert gap(answer(tmp_path / "model", image, QUESTION)[0], expected) > 1e-3

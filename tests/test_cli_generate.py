@@ -1,0 +1,85 @@
+"""`generate` from the command line: several pictures, stdin, JSON, files of questions; `serve`'s refusals."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_llama3v.cli.app import run
+from tests.serving import make_directory, png
+from tests.test_cli import Cli, cli, refused  # noqa: F401  (a fixture)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = make_directory(tmp_path_factory.mktemp("generate") / "model")
+    for n in range(3):
+        (path.parent / f"{n}.png").write_bytes(png(n))
+    return path
+
+
+def test_pictures_and_json(
+    cli: Cli,  # noqa: F811
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = ("generate", "--model", directory, "--prompt", "What?", "--max-tokens", 5, "--json")
+    images = [word for n in (0, 1) for word in ("--image", directory.parent / f"{n}.png")]
+    both = json.loads(cli(*base, *images, "--max-slices", 2).out)
+    assert both["slices"] >= 2 and both["visual_tokens"] > 0 and both["timings"]["first_token"] > 0
+    assert (both["finish_reason"], len(both["tokens"])) == ("length", 5)
+    one = json.loads(cli(*base, *images[:2]).out)
+    assert one["prompt_tokens"] < both["prompt_tokens"] or one["slices"] != both["slices"]
+
+    monkeypatch.setattr(sys, "argv", ["llama3v-mlx", *map(str, base), "--image", "-"])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(png(0))))
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="0"):
+        run()
+    assert json.loads(capsys.readouterr().out)["text"] == one["text"]
+
+
+def test_a_file_of_questions_goes_on(cli: Cli, directory: Path, tmp_path: Path) -> None:  # noqa: F811
+    questions, answers = directory.parent / "q.jsonl", tmp_path / "a.jsonl"
+    rows = [{"prompt": f"{n}?", "image": f"{n % 3}.png"} for n in range(5)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = ("generate", "--model", directory, "--prompts", questions, "--max-tokens", 4, "--batch-size", 2)
+    first = cli(*base, "--output", answers)
+    assert first.status == 0 and "5 answered, 0 failed" in first.out and str(answers) in first.out
+    whole = answers.read_text()
+    answers.write_text("".join(line + "\n" for line in whole.splitlines()[:2]) + whole.splitlines()[2][:30])
+    again = cli(*base, "--output", answers)
+    assert "3 answered, 0 failed, 2 were there" in again.out and answers.read_text() == whole
+    piped = cli(*base)  # stdout holds nothing but answers
+    assert piped.out == whole and "5 answered" in piped.err
+    stdin = cli("generate", "--model", directory, "--prompts", "-", "--max-tokens", 4, stdin='{"prompt": "Hi"}\n')
+    assert json.loads(stdin.out)["id"] == "1"
+    questions.write_text(json.dumps({"prompt": "x", "image": "none.png"}) + "\n")
+    broken = cli(*base)
+    assert broken.status == 1 and "none.png" in json.loads(broken.out)["error"] and "1 failed" in broken.err
+
+
+def test_mistakes(cli: Cli, directory: Path, tmp_path: Path) -> None:  # noqa: F811
+    base = ("generate", "--model", directory)
+    refused(cli(*base), "--prompt", "--prompts")
+    refused(cli(*base, "--prompt", "x", "--prompts", "y"), "either")
+    refused(cli(*base, "--prompt", "-", "--image", "-"), "stdin")
+    refused(cli(*base, "--prompts", tmp_path / "none.jsonl"), "none.jsonl")
+    refused(cli(*base, "--prompts", "-", "--image", "x.png"), "--image")
+    refused(cli(*base, "--prompt", "x", "--kv-bits", 5), "kv_bits")
+    refused(cli(*base, "--prompt", "x " * 100, "--max-kv-size", 50), "context holds 50")
+    refused(cli(*base, "--prompt", "x", "--top-p", 0), "top_p")
+
+
+def test_serve_refuses(cli: Cli, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    base = ("serve", "--model", directory)
+    refused(cli(*base, "--max-batch", 0), "max_batch")
+    refused(cli(*base, "--image-dir", tmp_path / "none"), "none")
+    refused(cli("serve", "--model", tmp_path / "none"), "none")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    refused(cli(*base), "mlx-llama3v[serve]")

@@ -1,0 +1,279 @@
+"""What embedding will cost: counted from headers, equal to what is then stored, refused where the disk is too small."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mlx_llama3v import estimate
+from mlx_llama3v.checkpoint import load_config
+from mlx_llama3v.config import ImageConfig, ProjectorConfig, TilingConfig, VisionConfig
+from mlx_llama3v.data.dataset import read_data
+from mlx_llama3v.data.sources import FilePart, Refused
+from mlx_llama3v.embeddings.codec import CODECS
+from mlx_llama3v.embeddings.store import Store
+from mlx_llama3v.errors import ImageError, StoreError
+from mlx_llama3v.estimate import Form
+from mlx_llama3v.stages import embed_data, estimate_data
+from mlx_llama3v.weights import TINY
+from mlx_llama3v.weights.convert import convert
+from tests.test_cli import Cli, cli, refused  # noqa: F401  (a fixture)
+from tests.test_webdataset import shard
+
+SO400M = VisionConfig(1152, 4304, num_hidden_layers=27, num_attention_heads=16, image_size=384, patch_size=14)
+
+
+def saved(size: tuple[int, int], seed: int = 0, kind: str = "JPEG", **options: Any) -> bytes:
+    made = io.BytesIO()
+    noise = np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), np.uint8)
+    Image.fromarray(noise).save(made, kind, **options)
+    return made.getvalue()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(TINY / "siglip", TINY / "llama", tmp_path_factory.mktemp("model") / "model").path
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for n, size in enumerate([(64, 64), (300, 120), (90, 400), (500, 380), (31, 33), (256, 256)]):
+        (folder / f"{n}.jpg").write_bytes(saved(size, n))
+    (folder / "broken.jpg").write_bytes(b"nothing")
+    return folder
+
+
+def disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    """A disk with `free` bytes that may be used."""
+    usage = SimpleNamespace(free=free + estimate._SPARE_BYTES)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+
+
+def test_headers_alone_are_read(tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[274] = 6
+    big = saved((200, 100), exif=turned.tobytes())
+    path = shard(
+        tmp_path / "s.tar", {"a.jpg": big, "b.png": saved((30, 40), 1, "PNG"), "c.webp": saved((20, 10), 2, "WEBP")}
+    )
+    (tmp_path / "cut.jpg").write_bytes(big[: len(big) // 2])  # its header is whole: only decoding would tell
+    pictures = {
+        **read_data(path).pictures(),
+        "cut.jpg": tmp_path / "cut.jpg",
+        "gone.jpg": tmp_path / "gone.jpg",
+        "far.jpg": Refused("far.jpg", "it lies outside"),
+        "short.png": FilePart(path, 10**9, 10, "short.png"),
+    }
+    told: list[tuple[int, int]] = []
+    found = estimate.scan(pictures, ImageConfig(), progress=lambda *at: told.append(at))
+    assert found.sizes == {(100, 200): 2, (30, 40): 1, (20, 10): 1} and found.pictures == 4
+    assert set(found.unreadable) == {"gone.jpg", "far.jpg", "short.png"}
+    assert "no such file" in found.unreadable["gone.jpg"] and found.unreadable["far.jpg"] == "it lies outside"
+    assert told[-1] == (7, 7)
+
+
+def test_a_scan_of_a_shard_reads_little_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = shard(tmp_path / "s.tar", {f"{n}.jpg": saved((700, 500), n, quality=95) for n in range(4)})
+    monkeypatch.setattr(FilePart, "read", lambda self: pytest.fail("read whole"))
+    assert estimate.scan(read_data(path).pictures(), ImageConfig()).sizes == {(700, 500): 4}
+
+
+def test_a_picture_with_a_long_header_is_read_whole(tmp_path: Path) -> None:
+    profile = saved((60, 50), icc_profile=bytes(200_000))
+    path = shard(tmp_path / "s.tar", {"a.jpg": profile})
+    assert len(profile) > 200_000
+    assert estimate.scan(read_data(path).pictures(), ImageConfig()).sizes == {(60, 50): 1}
+
+
+def test_known_numbers() -> None:
+    """600,000 squashed pictures of so400m/14-384: the terabyte of the issue."""
+    form = Form(SO400M, TilingConfig("squash"))
+    found = estimate.volume({(640, 480): 600_000}, form)
+    assert (found.slices, found.patches, found.rows) == (600_000, 600_000 * 729, 600_000 * 729)
+    index = 600_000 * estimate._INDEX_BYTES
+    assert found.bytes["float16"] - index == 600_000 * 729 * 1152 * 2
+    assert found.bytes["int8"] - index == 600_000 * 729 * 1154
+    assert found.bytes["int4"] - index == 600_000 * 729 * (72 * 9 + 2)
+    pooled = estimate.volume({(640, 480): 10}, Form(SO400M, TilingConfig("squash"), pool=2))
+    assert (pooled.patches, pooled.rows) == (7290, 10 * 14 * 14)
+    projector = ProjectorConfig(in_dim=1152, out_dim=4096)
+    after = estimate.volume({(640, 480): 10}, Form(SO400M, TilingConfig("squash"), projector=projector))
+    assert after.rows == 10 * 81 and after.bytes["float16"] == 10 * (81 * 8192 + estimate._INDEX_BYTES)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"codec": "float16"}, {"codec": "int4"}, {"codec": "int8", "pool": 2}, {"codec": "int4", "max_slices": 0}],
+)
+def test_the_estimate_equals_the_store(model: Path, photos: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    said = estimate_data(model, photos, tmp_path / "store", **options)
+    assert not (tmp_path / "store").exists()
+    assert set(said.unreadable) == {"broken.jpg"} and said.speed.encode_seconds > 0 and said.seconds > 0
+    assert said.volume.pictures == 6 and said.reused == 0
+    summary = embed_data(model, photos, tmp_path / "store", **options).summary
+    info = Store(tmp_path / "store").info()
+    assert (said.volume.slices, said.volume.patches, said.volume.rows) == (
+        info["slices"],
+        summary.patches,
+        info["tokens"],
+    )
+    codec = options["codec"]
+    assert summary.bytes == said.volume.bytes[codec] - 6 * estimate._INDEX_BYTES
+    again = estimate_data(model, photos, tmp_path / "store", **options)
+    assert again.reused == 6 and again.volume.pictures == 0 and again.seconds == 0
+
+
+def test_the_index_takes_no_more_than_is_said(tmp_path: Path) -> None:
+    from mlx_llama3v.config import Encoded, SliceLayout
+    from mlx_llama3v.embeddings.writer import StoreWriter
+
+    layout = SliceLayout((1, 1))
+    with StoreWriter(tmp_path / "store", {"test": 1}) as writer:
+        for n in range(200):
+            writer.add(f"a/longer/name/of/a/folder/{n:012d}.jpg", f"{n:064x}", Encoded(layout, np.zeros((1, 8))))
+    per_picture = Store(tmp_path / "store").info()["bytes"] / 200 - 16
+    assert estimate._INDEX_BYTES / 3 < per_picture < estimate._INDEX_BYTES
+
+
+SIZES = st.dictionaries(
+    st.tuples(st.integers(1, 5000), st.integers(1, 5000)), st.integers(1, 1000), min_size=1, max_size=3
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SIZES, st.integers(0, 8), st.integers(1, 3), st.booleans())
+def test_nothing_exceeds_the_bound(sizes: dict[tuple[int, int], int], cap: int, pool: int, projects: bool) -> None:
+    projector = ProjectorConfig(in_dim=1152, out_dim=2048) if projects else None
+    form = Form(SO400M, TilingConfig("uhd", cap), pool, projector)
+    found = estimate.volume(sizes, form)
+    for codec in CODECS:
+        assert found.bytes[codec] <= estimate.most_bytes(found.pictures, form, codec)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SIZES, st.sampled_from(sorted(CODECS)), st.floats(0.001, 1.2))
+def test_what_is_advised_fits(sizes: dict[tuple[int, int], int], codec: str, share: float) -> None:
+    form = Form(SO400M, TilingConfig("uhd", 6))
+    free = int(estimate.volume(sizes, form).bytes[codec] * share)
+    words = estimate.advice(sizes, form, codec, free).split()
+    given_options = dict(zip(words[::2], words[1::2], strict=True))
+    cap = int(given_options.get("--max-slices", 6))
+    least = estimate.volume(sizes, Form(SO400M, TilingConfig("uhd", 0))).bytes[
+        min(CODECS, key=lambda name: CODECS[name].row_bytes(1152))
+    ]
+    if words:
+        chosen = given_options.get("--codec", codec)
+        assert estimate.volume(sizes, Form(SO400M, TilingConfig("uhd", cap))).bytes[chosen] <= free
+    elif codec != min(CODECS, key=lambda name: CODECS[name].row_bytes(1152)):
+        assert least > free
+
+
+def test_a_disk_that_is_too_small_is_refused(
+    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = estimate_data(model, photos, tmp_path / "store").volume.bytes
+    disk(monkeypatch, needed["float16"])
+    embed_data(model, photos, tmp_path / "exactly", codec="float16")
+    disk(monkeypatch, needed["float16"] - 1)
+    with pytest.raises(StoreError, match=r"would need .* for 6 pictures, its disk has .* free; --codec int8 would fit"):
+        embed_data(model, photos, tmp_path / "store", codec="float16")
+    embed_data(model, photos, tmp_path / "smaller", codec="int8")
+    disk(monkeypatch, needed["int4"] - 1)
+    with pytest.raises(StoreError, match=r"; --max-slices \d would fit \(--no-check-disk starts all the same\)\.$"):
+        embed_data(model, photos, tmp_path / "store", codec="float16")
+    said = estimate_data(model, photos, tmp_path / "store", codec="float16")
+    assert said.advice.startswith("--max-slices") and said.to_dict()["fits"] == dict.fromkeys(CODECS, False)
+    disk(monkeypatch, 10)
+    with pytest.raises(StoreError, match="; no codec or cap on slices would fit: free some space"):
+        embed_data(model, photos, tmp_path / "store", codec="float16")
+    assert embed_data(model, photos, tmp_path / "store", codec="float16", check_disk=False).summary.new == 6
+    # What is there already needs no room.
+    assert embed_data(model, photos, tmp_path / "store", codec="float16").summary.reused == 6
+
+
+def test_ranks_share_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(saved((64, 64)))
+    pictures = {"a.jpg": tmp_path / "a.jpg"}
+    form = Form(SO400M, TilingConfig("squash"))
+    disk(monkeypatch, 2_000_000)
+    estimate.require_room(pictures, ImageConfig(), form, "float16", tmp_path / "store")
+    with pytest.raises(StoreError, match="--codec int8 would fit"):
+        estimate.require_room(pictures, ImageConfig(), form, "float16", tmp_path / "store", ranks=2)
+
+
+class _Encoder:
+    """Counts what it is asked for."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def prepare(self, source: Any) -> Any:
+        if source == b"bad":
+            raise ImageError("bad")
+        return SimpleNamespace(grids=((2, 2), (1, 2))), [np.zeros((4, 3)), np.zeros((2, 3))]
+
+    def encode(self, slices: list[Any], batch_size: int) -> list[Any]:
+        self.batches.append(len(slices))
+        return []
+
+
+def test_the_measurement_warms_up_and_passes_over_what_is_broken(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"badgood")
+    bad, good = FilePart(tmp_path / "f", 0, 3, "bad"), FilePart(tmp_path / "f", 3, 4, "good")
+    encoder: Any = _Encoder()
+    speed = estimate.measure([bad, *[good] * 20, FilePart(tmp_path / "f", 5, 9, "short")], encoder, 4)
+    assert encoder.batches == [4, 12] and speed.slices == 12 and speed.prepare_seconds > 0
+    encoder = _Encoder()
+    assert estimate.measure([good], encoder, 8).slices == 2 and encoder.batches == [2, 2]
+    assert estimate.measure([bad], encoder, 8) == estimate.Speed()
+    encoder = _Encoder()
+    assert estimate.measure([good] * 9, encoder, 2, limit_seconds=0.0).slices == 2 and encoder.batches == [2]
+
+
+def test_the_command(cli: Cli, model: Path, photos: Path, tmp_path: Path) -> None:  # noqa: F811
+    args = ("embed", "--model", model, "--data", photos, "--output", tmp_path / "s")
+    shown = cli(*args, "--estimate")
+    assert shown.status == 0 and "slices/s" in shown.out and "float16" in shown.out and "int4" in shown.out
+    assert "left out: broken.jpg" in shown.err and "stored once" in shown.out
+    whole = json.loads(cli(*args, "--estimate", "--json").out)
+    assert whole["pictures"] == 6 and list(whole["unreadable"]) == ["broken.jpg"] and whole["fits"]["int4"] is True
+    single = json.loads(cli(*args, "--estimate", "--json", "--max-slices", 0).out)
+    assert single["slices"] == 6 < whole["slices"] and single["bytes"]["int8"] < whole["bytes"]["int8"]
+    assert not (tmp_path / "s").exists()
+    refused(cli(*args, "--estimate", "--strict"), "1 pictures or records would be left out")
+    refused(cli(*args, "--json"), "--json belongs to --estimate")
+
+
+def test_strict_is_an_error_after_everything_else_is_stored(
+    cli: Cli,  # noqa: F811
+    model: Path,
+    photos: Path,
+    tmp_path: Path,
+) -> None:
+    args = ("embed", "--model", model, "--data", photos, "--output", tmp_path / "s")
+    refused(cli(*args, "--strict"), "1 pictures or records could not be read")
+    assert len(Store(tmp_path / "s")) == 6
+    lenient = cli(*args)
+    assert lenient.status == 0 and "1 could not be read" in lenient.out
+    (tmp_path / "good").mkdir()
+    shutil.copy(photos / "0.jpg", tmp_path / "good")
+    assert (
+        cli("embed", "--model", model, "--data", tmp_path / "good", "--output", tmp_path / "g", "--strict").status == 0
+    )
+
+
+def test_the_models_own_pooling_and_projector_count(model: Path) -> None:
+    config = load_config(model)
+    form = Form(config.vision_config, config.tiling, projector=config.projector_config)
+    assert form.width == config.hidden_size
