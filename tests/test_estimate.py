@@ -219,7 +219,7 @@ class _Encoder:
         self.batches: list[int] = []
 
     def prepare(self, source: Any) -> Any:
-        if source == b"bad":
+        if source.read() == b"bad":
             raise ImageError("bad")
         return SimpleNamespace(grids=((2, 2), (1, 2))), [np.zeros((4, 3)), np.zeros((2, 3))]
 
