@@ -23,9 +23,13 @@ _OPENBLAS = ("libopenblas.so.0", "libopenblasp.so.0", "libopenblas.so")
 
 
 def _mkl_candidates() -> list[Path]:
-    """libmkl_rt of the `mkl` wheel, which installs into <prefix>/lib (not into site-packages)."""
-    roots = [Path(sys.prefix) / "lib", Path(sys.base_prefix) / "lib", Path.home() / ".local" / "lib"]
-    return [path for root in roots for path in sorted(root.glob("libmkl_rt.so*"), reverse=True)]
+    """libmkl_rt of the `mkl` wheel, which installs into <prefix>/lib: beside python3.X/site-packages, not into it.
+
+    Every site-packages that Python searches counts: of the environment, of the user, of one that is borrowed from.
+    """
+    searched = [Path(entry).parents[1] for entry in sys.path if entry.endswith("site-packages")]
+    roots = [Path(sys.prefix) / "lib", *searched, Path(sys.base_prefix) / "lib", Path.home() / ".local" / "lib"]
+    return [path for root in dict.fromkeys(roots) for path in sorted(root.glob("libmkl_rt.so*"), reverse=True)]
 
 
 @lru_cache(maxsize=1)
