@@ -11,6 +11,7 @@ import typer
 from mlx_llama3v.cli import show
 from mlx_llama3v.cli.options import Model, Offline, Run
 from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.weights.gguf_file import TYPES
 
 
 class Format(str, Enum):
@@ -18,6 +19,7 @@ class Format(str, Enum):
 
     hf = "hf"
     peft = "peft"
+    gguf = "gguf"
 
 
 def register(app: typer.Typer) -> None:
@@ -31,12 +33,17 @@ def export(
     format: Annotated[
         Format,
         typer.Option(
-            "--format", help="hf: LlavaForConditionalGeneration with its processor; peft: the decoder's LoRA of --run."
+            "--format",
+            help="hf: LlavaForConditionalGeneration with its processor; peft: the decoder's LoRA of --run; "
+            "gguf: text model and mmproj for llama.cpp.",
         ),
     ] = Format.hf,
     squash: Annotated[
-        bool, typer.Option("--squash", help="hf: export a model that splits pictures, to see one square only.")
+        bool, typer.Option("--squash", help="hf, gguf: export a model that splits pictures, to see one square only.")
     ] = False,
+    gguf_type: Annotated[
+        str, typer.Option("--gguf-type", help=f"gguf: what the decoder is stored as: {', '.join(TYPES)}.")
+    ] = "f16",
     offline: Offline = False,
 ) -> None:
     """Write a model so that other programs can use it.
@@ -45,6 +52,7 @@ def export(
     """
     from mlx_llama3v.checkpoint import resolve
     from mlx_llama3v.weights.export import export_hf
+    from mlx_llama3v.weights.gguf_export import export_gguf
     from mlx_llama3v.weights.peft import export_peft
 
     path = resolve(model, offline=offline)
@@ -52,6 +60,8 @@ def export(
         if run is None:
             raise CheckpointError("--format peft exports what a run trained; expected --run.")
         written = export_peft(path, run, output)
+    elif format is Format.gguf:
+        written = export_gguf(path, output, run=run, squash=squash, type=gguf_type)
     else:
         written = export_hf(path, output, run=run, squash=squash)
     show.out.print(f"Exported ({format.value}): {written}")

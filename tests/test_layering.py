@@ -36,7 +36,13 @@ RANK = {name: rank for rank, group in enumerate(ORDER) for name in group}
 APART = ("vision", "text"), ("train", "vision"), ("data", "vision"), ("train", "inference"), ("data", "score")
 NEVER = {pair for a, b in APART for pair in ((a, b), (b, a))}
 # Third-party modules that only these files may import.
-ONLY_IN = {"mlx_lm": ("compat.py",), "torch": ("demo/bases*.py",), "datasets": (), "pyarrow": ("data/hf.py",)}
+ONLY_IN = {
+    "mlx_lm": ("compat.py",),
+    "torch": ("demo/bases*.py",),
+    "datasets": (),
+    "pyarrow": ("data/hf.py",),
+    "gguf": ("weights/gguf_file.py",),
+}
 MAY_PRINT = ("demo/bases*.py", "cli/*.py")  # programs of their own, not library code
 
 

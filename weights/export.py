@@ -46,7 +46,7 @@ from mlx_llama3v.weights.hf_files import chat_template, llava_config, processor_
 
 KEPT = "llama3v"  # the sub-folder with what the format has no place for
 _EMBEDDING = "language_model.model.embed_tokens.weight"
-_TOWERS = ("vision_tower.", "text_tower.", "logit_")
+TOWERS = ("vision_tower.", "text_tower.", "logit_")
 
 
 def open_model(model_dir: str | Path, run: str | Path | None) -> tuple[Path, Llama3V]:
@@ -83,8 +83,8 @@ def export_hf(
     tokens = Tokens.load(source, config.marker_ids, config.eos_token_ids, config.prompt_layout)
     image_id = image_token(source, config)
     image = tokens.decode([image_id], special=True)
-    ours = {**read_tensors(source, _TOWERS), **parameters(model)}
-    theirs, kept = _split(ours, config)
+    ours = {**read_tensors(source, TOWERS), **parameters(model)}
+    theirs, kept = split(ours, config)
     tie = "language_model.lm_head.weight" not in theirs
     dtype = str(ours[_EMBEDDING].dtype).removeprefix("mlx.core.")
     act = "gelu" if config.projector_config.kind == "mlp" else "linear"
@@ -120,15 +120,20 @@ def check_llava(config: ModelConfig, where: Path) -> None:
     kind = config.projector_config.kind
     if kind not in ("linear", "mlp"):
         raise CheckpointError(f"{where} has a projector of kind {kind}, which the format has not; linear and mlp do.")
+    check_square(config, where, ("squash",))
+
+
+def check_square(config: ModelConfig, where: Path, modes: tuple[str, ...]) -> None:
+    """Raise CheckpointError for a model that sees more than one native square a picture, in a tiling of `modes`."""
     if config.vision_feature_norm or config.vision_mode != "native":
         raise CheckpointError(f"{where} runs its tower in a way ({config.vision_mode}) that the format has not.")
     if config.patch_pool > 1:
         raise CheckpointError(
             f"{where} pools {config.patch_pool} x {config.patch_pool} patches, which the format has not."
         )
-    if config.tiling.mode != "squash":
+    if config.tiling.mode not in modes:
         raise CheckpointError(
-            f"{where} splits pictures ({config.tiling.mode}), while the format sees one squashed square; "
+            f"{where} takes pictures as {config.tiling.mode}, while the format sees one squashed square; "
             "use --squash to export it so all the same."
         )
 
@@ -150,7 +155,7 @@ def _generation(config: ModelConfig, tokens: Tokens) -> dict[str, Any]:
     return {"bos_token_id": tokens.bos, "eos_token_id": sorted(tokens.stop), "do_sample": False}
 
 
-def _split(ours: Mapping[str, mx.array], config: ModelConfig) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
+def split(ours: Mapping[str, mx.array], config: ModelConfig) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
     """Tensors under the classic LLaVA names, and those that have no place there under ours."""
     theirs: dict[str, mx.array] = {}
     kept: dict[str, mx.array] = {}

@@ -108,8 +108,26 @@ _TURNS = """\
 """
 
 
-def chat_template(layout: PromptLayout, tokens: Tokens, image_token: str) -> str:
-    """A Jinja template that writes what `render` does, one slice a picture, for content in parts or as a string."""
+# llama.cpp puts a marker of its own, <__media__> or <__media_(random)__>, into the text where a picture was.
+_MARKED = """\
+{%- macro words(content) -%}
+{%- set found = namespace(text='') -%}
+{%- for piece in content.split('__>') -%}{%- set found.text = found.text + piece.split('<__media')[0] -%}{%- endfor -%}
+{{- found.text | trim -}}
+{%- endmacro -%}
+{%- macro pictures(content) -%}
+{%- for piece in content.split('__>') if '<__media' in piece -%}{{- PICTURE -}}{%- endfor -%}
+{%- endmacro -%}
+"""
+_MARK = "{mark}"
+_MARK_FOUND = "'<__media' + piece.split('<__media')[1] + '__>'"
+
+
+def chat_template(layout: PromptLayout, tokens: Tokens, image_token: str | None) -> str:
+    """A Jinja template that writes what `render` does, one slice a picture, for content in parts or as a string.
+
+    Without an `image_token` it is llama.cpp's: content is a string that has a marker where a picture stands.
+    """
     opened = closed = ""  # around the text of a turn with a picture
     if layout.markers:
         layout, opened, closed = _spelled(tokens)
@@ -125,7 +143,7 @@ def chat_template(layout: PromptLayout, tokens: Tokens, image_token: str) -> str
         return " + ".join(part for part in parts if part != '""') or '""'
 
     picture = layout.picture.replace("{slices}", "").replace("{overview}", layout.overview)
-    picture = picture.replace("{visual}", image_token)
+    picture = picture.replace("{visual}", _MARK if image_token is None else image_token)
     content = {"text": "words(message['content'])"}
     shown = "pictures(message['content'])"
     user, asked = layout.user, dict(content)
@@ -137,7 +155,7 @@ def chat_template(layout: PromptLayout, tokens: Tokens, image_token: str) -> str
         }
     default = "" if layout.default_system is None else layout.system.replace("{text}", layout.default_system)
     values = {
-        "PICTURE": filled(picture, n="loop.index ~ ''"),
+        "PICTURE": filled(picture, n="loop.index ~ ''", mark=_MARK_FOUND),
         "START": quoted(layout.start),
         "DEFAULT": quoted(default),
         "USER": filled(user, images=shown, **asked),
@@ -145,7 +163,7 @@ def chat_template(layout: PromptLayout, tokens: Tokens, image_token: str) -> str
         "SYSTEM": filled(layout.system, **content),
         "HEADER": quoted(layout.assistant),
     }
-    text = _MACROS + _TURNS
+    text = (_MARKED if image_token is None else _MACROS) + _TURNS
     for name, value in values.items():
         text = text.replace("{{- " + name + " -}}", "{{- " + value + " -}}")
     return text
