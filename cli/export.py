@@ -20,6 +20,7 @@ class Format(str, Enum):
     hf = "hf"
     peft = "peft"
     gguf = "gguf"
+    hub = "hub"
 
 
 def register(app: typer.Typer) -> None:
@@ -35,7 +36,7 @@ def export(
         typer.Option(
             "--format",
             help="hf: LlavaForConditionalGeneration with its processor; peft: the decoder's LoRA of --run; "
-            "gguf: text model and mmproj for llama.cpp.",
+            "gguf: text model and mmproj for llama.cpp; hub: a model directory with its card, uploaded to --repo.",
         ),
     ] = Format.hf,
     squash: Annotated[
@@ -44,6 +45,11 @@ def export(
     gguf_type: Annotated[
         str, typer.Option("--gguf-type", help=f"gguf: what the decoder is stored as: {', '.join(TYPES)}.")
     ] = "f16",
+    repo: Annotated[
+        str | None, typer.Option("--repo", help="hub: owner/name to upload to.", show_default=False)
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="hub: make a new repository private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="hub: write to --output, upload nothing.")] = False,
     offline: Offline = False,
 ) -> None:
     """Write a model so that other programs can use it.
@@ -53,9 +59,17 @@ def export(
     from mlx_llama3v.checkpoint import resolve
     from mlx_llama3v.weights.export import export_hf
     from mlx_llama3v.weights.gguf_export import export_gguf
+    from mlx_llama3v.weights.hub import export_hub
     from mlx_llama3v.weights.peft import export_peft
 
     path = resolve(model, offline=offline)
+    if format is Format.hub:
+        if repo is None:
+            raise CheckpointError("--format hub uploads a model; expected --repo owner/name (also with --dry-run).")
+        written = export_hub(path, output, repo=repo, run=run, private=private, dry_run=dry_run or offline)
+        where = "nothing was uploaded" if dry_run or offline else f"uploaded to https://huggingface.co/{repo}"
+        show.out.print(f"Exported (hub): {written}; {where}.")
+        return
     if format is Format.peft:
         if run is None:
             raise CheckpointError("--format peft exports what a run trained; expected --run.")

@@ -74,8 +74,8 @@ SIGLIP_NAMES = {"vision_model.": "vision_tower.", "text_model.": "text_tower.", 
 def resolve(path_or_repo: str | Path, offline: bool = False) -> Path:
     """The directory of a checkpoint: an existing local path wins, else the Hub's cache, else the Hub.
 
-    `offline` or HF_HUB_OFFLINE=1 never touches the network. Only safetensors, JSON and tokenizer files are
-    fetched. Raises CheckpointError.
+    `offline` or HF_HUB_OFFLINE=1 never touches the network. Only safetensors, JSON, tokenizer and licence
+    files and the README are fetched. Raises CheckpointError.
     """
     path, name = Path(path_or_repo).expanduser(), str(path_or_repo)
     if path.is_dir():
@@ -88,7 +88,7 @@ def resolve(path_or_repo: str | Path, offline: bool = False) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    wanted = ["*.safetensors", "*.json", "*.model", *TOKENIZER_FILES, *LEGAL_FILES]
+    wanted = ["*.safetensors", "*.json", "*.model", "README.md", *TOKENIZER_FILES, *LEGAL_FILES]
     try:
         found = snapshot_download(name, allow_patterns=wanted, ignore_patterns=_ELSEWHERE, local_files_only=offline)
     except LocalEntryNotFoundError as error:

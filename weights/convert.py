@@ -26,6 +26,7 @@ from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.weights import llama as llama_files
 from mlx_llama3v.weights import siglip as siglip_files
 from mlx_llama3v.weights.card import model_card
+from mlx_llama3v.weights.licences import licence_of
 from mlx_llama3v.weights.llama import LlamaSource, read_llama
 from mlx_llama3v.weights.probe import Probe, probe
 from mlx_llama3v.weights.siglip import SiglipSource, read_siglip
@@ -118,7 +119,12 @@ def convert(
         eos_token_ids=llama.eos_token_ids,
         siglip_text_config=siglip.text,
         quantization=asdict(quantize) if quantize else llama.quantization,
-        sources={"vision": source_name(vision), "llm": source_name(llm)},
+        sources={
+            "vision": source_name(vision),
+            "llm": source_name(llm),
+            "vision_licence": licence_of(source_name(vision), siglip.directory),
+            "llm_licence": licence_of(source_name(llm), llama.directory),
+        },
     )
     weights, layers = _weights(config, siglip, llama, quantize, dtype, seed)
     report = report_of(target, config, weights, layers)

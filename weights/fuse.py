@@ -11,7 +11,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_llama3v.checkpoint import check_output, load_run, read_model, resolve, run_pool, save_model
 from mlx_llama3v.tensors import SHARD_BYTES, parameters, read_tensors
-from mlx_llama3v.weights.card import model_card
+from mlx_llama3v.weights.card import RunFacts, model_card
 from mlx_llama3v.weights.convert import drain, measure
 
 _REMADE = ("config.json", "README.md", "model*.safetensors*", ".*")
@@ -38,7 +38,7 @@ def fuse(model_dir: str | Path, run_dir: str | Path, out_dir: str | Path, *, sha
     files: dict[str, Path | str] = {
         name: path for name, path in beside.items() if not any(fnmatch(name, made) for made in _REMADE)
     }
-    files["README.md"] = model_card(config, sum(counts.values()))
+    files["README.md"] = model_card(config, sum(counts.values()), facts=RunFacts.read(run_dir))
     del model, decoder, merged  # or they would hold every tensor until the end
     save_model(target, config, drain(weights), files=files, shard_bytes=shard_bytes)
     return target

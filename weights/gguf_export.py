@@ -17,6 +17,7 @@ from mlx_llama3v.config import ModelConfig, TilingConfig
 from mlx_llama3v.tensors import parameters, read_tensors, sync
 from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.version import __version__
+from mlx_llama3v.weights.card import base_models
 from mlx_llama3v.weights.convert import matching
 from mlx_llama3v.weights.export import TOWERS, check_square, open_model, split
 from mlx_llama3v.weights.gguf_file import check_type, package, write_gguf
@@ -78,8 +79,8 @@ def _describe(writer: Any, config: ModelConfig, name: str, type: str, kind: str)
     gguf = package()
     writer.add_type(kind)
     writer.add_name(name)
-    made_of = ", ".join(dict.fromkeys(config.sources.values()))
-    writer.add_description(f"exported by mlx-llama3v {__version__} from {made_of or name}")
+    made_of = " and ".join(base_models(config).values())
+    writer.add_description(f"exported by mlx-llama3v {__version__}, made from {made_of}")
     names = {"f32": "ALL_F32"}
     writer.add_file_type(gguf.LlamaFileType[names.get(type, f"MOSTLY_{type.upper()}")])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

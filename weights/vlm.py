@@ -37,6 +37,7 @@ from mlx_llama3v.weights.convert import (
 )
 from mlx_llama3v.weights.export import KEPT, kept_config, restore
 from mlx_llama3v.weights.family import Family, Renamed, Source, is_clip, rename
+from mlx_llama3v.weights.licences import licence_of
 from mlx_llama3v.weights.probe import probe
 from mlx_llama3v.weights.siglip import rename as siglip_names
 
@@ -184,7 +185,8 @@ def _open(
         )
     stops = config.text_config.get("eos_token_id"), source.config.get("eos_token_id"), generation.get("eos_token_id")
     name = source_name(hf_path)
-    sources = {"vision": name, "llm": name, "model": name, "family": family.name}
+    licence = licence_of(name, source.directory)
+    sources = {"vision": name, "llm": name, "model": name, "family": family.name, "llm_licence": licence}
     return (
         source,
         family,
