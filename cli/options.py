@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -34,10 +34,6 @@ def config_file(ctx: typer.Context, path: Path | None) -> Path | None:
     """Callback of `--config FILE.toml`: its values become the defaults, the command line wins."""
     if path is None:
         return None
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make .venv with this package in it, editable. Called by make; may be run by hand: scripts/setup.sh [EXTRA ...]
-# Finds a Python >= 3.10; on Debian or Ubuntu as root it installs what the system lacks. Everything that
+# Finds a Python >= 3.11 (as mlx-lm does); on Debian or Ubuntu as root it installs what the system lacks. Everything that
 # is missing is said in one sentence.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -25,10 +25,10 @@ apt_install() { # install Debian packages where that is possible, quietly
   DEBIAN_FRONTEND=noninteractive $sudo apt-get -qq install -y --no-install-recommends "$@" >/dev/null 2>&1
 }
 
-usable() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+usable() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 find_python() {
-  for name in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.10 python3.14 \
+  for name in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.14 \
       /opt/homebrew/bin/python3 /usr/local/bin/python3; do
     [ -n "$name" ] && command -v "$name" >/dev/null && usable "$name" && { command -v "$name"; return 0; }
   done
@@ -39,7 +39,7 @@ make_venv() { "$1" -m venv .venv >/dev/null 2>&1 && [ -x .venv/bin/pip ]; }
 
 if [ ! -x .venv/bin/pip ]; then
   python=$(find_python) || { apt_install python3 python3-venv; python=$(find_python); } || \
-    fail "no Python 3.10 or newer was found; install one (macOS: brew install python@3.12, or python.org) and run it again."
+    fail "no Python 3.11 or newer was found; install one (macOS: brew install python@3.12, or python.org) and run it again."
   if ! make_venv "$python"; then
     rm -rf .venv
     apt_install python3-venv

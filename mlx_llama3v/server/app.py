@@ -92,7 +92,7 @@ def make_app(worker: Worker, config: ServeConfig, model: str) -> FastAPI:
 
         try:
             await asyncio.wait_for(collect(), seconds)
-        except (asyncio.TimeoutError, TimeoutError):
+        except TimeoutError:
             raise Refusal("the request did not arrive in time.", status=408) from None
         except ClientDisconnect:
             raise Refusal("the client left.", status=499) from None
@@ -195,7 +195,7 @@ async def _next(request: Any, events: asyncio.Queue[Event]) -> Event | None:
         event: Event | None
         try:
             event = await asyncio.wait_for(events.get(), WATCH_SECONDS)
-        except (asyncio.TimeoutError, TimeoutError):
+        except TimeoutError:
             event = None
         if await request.is_disconnected():
             return None
