@@ -72,9 +72,22 @@ def _has_libgomp() -> bool:
     return True
 
 
+def _keep_freed_memory() -> None:
+    """Let glibc keep what MLX frees: its CPU back end allocates anew for every operation, and without this each array
+    of some megabytes is mapped, zeroed by the kernel and unmapped again (a training step: half of the system time,
+    3-12% of all of it). Metal and CUDA have MLX's own cache."""
+    if sys.platform != "linux":
+        return
+    with suppress(OSError, AttributeError):  # musl has no mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, size in ((-3, 32 << 20), (-1, 1 << 30), (-2, 64 << 20)):  # M_MMAP_THRESHOLD, TRIM, TOP_PAD
+            mallopt(parameter, size)
+
+
 def prepare() -> None:
     """Everything that must happen before `mlx.core` is imported. Idempotent and silent."""
     load_blas()
+    _keep_freed_memory()
     # `mx.compile` on the CPU back end calls a C++ compiler; without one MLX must not try.
     if sys.platform == "linux" and not (shutil.which("g++") or shutil.which("c++")):
         os.environ.setdefault("MLX_DISABLE_COMPILE", "1")

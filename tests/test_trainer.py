@@ -21,7 +21,6 @@ from mlx_llama3v.text.prompt import Message
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.train.evaluate import hold_out, shuffled
 from mlx_llama3v.train.feed import Feed
-from mlx_llama3v.train.lanes import lanes
 from mlx_llama3v.train.report import Callbacks, Evaluation, Progress, Start
 from tests.tiny_model import tiny_model, tiny_tokens
 from tests.tiny_run import captions, chats, make_store, run, settings
@@ -222,20 +221,6 @@ def test_lanes_add_up(store: Store, tmp_path: Path) -> None:
         assert progress.grad_norm == pytest.approx(found[0][0].grad_norm, rel=1e-3)
         for name, value in found[0][1].items():
             np.testing.assert_allclose(np.array(weights[name]), np.array(value), atol=5e-4, err_msg=name)
-
-
-def test_lanes_are_of_one_thread() -> None:
-    import ctypes
-
-    process = ctypes.CDLL(None)
-    if not hasattr(process, "MKL_Get_Max_Threads"):
-        pytest.skip("MKL is not in use")
-    before = process.MKL_Get_Max_Threads()
-    with lanes(2) as streams:
-        assert process.MKL_Get_Max_Threads() == 1
-        assert len(streams) == 2 and streams[0] != streams[1]
-    assert process.MKL_Get_Max_Threads() == before
-    assert TrainConfig(compile=True, lanes=3).resolved().lanes == 1
 
 
 def test_the_order_depends_on_the_seed(store: Store, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from mlx_llama3v.errors import RunError
+from mlx_llama3v.lanes import default_lanes
 from mlx_llama3v.platform import device_name
-from mlx_llama3v.train.lanes import default_lanes
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class TrainConfig:
         rate = STAGES[self.stage].learning_rate if self.learning_rate is None else self.learning_rate
         # On a CPU nothing is gained but a C++ compiler's run, and fixed shapes cost padding.
         compiled = device_name() != "cpu" if self.compile is None else self.compile
-        lanes = 1 if compiled else self.lanes or default_lanes(self.batch_size)
+        # Random numbers follow the seed in the caller's own thread alone: dropout keeps to one lane.
+        lanes = 1 if compiled or self.lora_dropout else self.lanes or default_lanes(self.batch_size)
         return replace(self, learning_rate=rate, compile=compiled, lanes=lanes)
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
@@ -24,6 +25,7 @@ from mlx_llama3v.data.batches import Batch, build_rows
 from mlx_llama3v.data.records import Problem, Record
 from mlx_llama3v.embeddings.store import Reader
 from mlx_llama3v.errors import DataError, RunError
+from mlx_llama3v.lanes import Lanes, lanes
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.platform import machine
 from mlx_llama3v.tensors import digest, parameters, save_safetensors_atomic, write_text
@@ -33,7 +35,6 @@ from mlx_llama3v.train import resume as checkpointing
 from mlx_llama3v.train.config import STAGES, TrainConfig
 from mlx_llama3v.train.evaluate import Evaluator, hold_out
 from mlx_llama3v.train.feed import Feed
-from mlx_llama3v.train.lanes import lanes
 from mlx_llama3v.train.lora import Trainable, adapter_weights, prepare
 from mlx_llama3v.train.optim import adamw, learning_rate
 from mlx_llama3v.train.report import METRICS, Callbacks, Evaluation, Metrics, Progress, Start, Window, plot
@@ -132,8 +133,8 @@ class _Run:
         if self.callbacks.started:
             self.callbacks.started(self._start(done))
         self.model.train()
-        with closing(self.feed.batches(done)) as batches, lanes(self.config.lanes) as streams:
-            self._loop(done, batches, streams)
+        with closing(self.feed.batches(done)) as batches, lanes(self.config.lanes) as made:
+            self._loop(done, batches, made)
         self.model.eval()
         self._write_weights()
         plot(self.metrics, self.path / "loss.png", f"{self.config.stage}: {self.trainable.count:,} parameters")
@@ -205,12 +206,13 @@ class _Run:
             sample=self.sample,
         )
 
-    def _loop(self, done: int, batches: Iterator[list[Batch]], streams: list[mx.Stream]) -> None:
+    def _loop(self, done: int, batches: Iterator[list[Batch]], side: Lanes) -> None:
         config, steps = self.config, self.feed.steps
         step = Step(self.model, self.optimizer, config.clip, bool(config.compile))
+        mx.eval(self.model.state, self.optimizer.state)  # lanes take no work of another thread over
         for number in range(done, steps):
             rate = learning_rate(number, steps, config.learning_rate or 0.0, config.warmup, config.min_learning_rate)
-            self._step(step, number, batches, streams, rate)
+            self._step(step, number, batches, side, rate)
             now, last = number + 1, number + 1 == steps
             if last or now % config.steps_per_report == 0:
                 self._report(now, rate)
@@ -219,18 +221,14 @@ class _Run:
             if config.save_every and (last or now % config.save_every == 0):
                 self._save(now)
 
-    def _step(
-        self, step: Step, number: int, batches: Iterator[list[Batch]], streams: list[mx.Stream], rate: float
-    ) -> None:
+    def _step(self, step: Step, number: int, batches: Iterator[list[Batch]], side: Lanes, rate: float) -> None:
         """One optimizer step over its batches: a sum of gradients, divided once by the number of targets."""
         window, started = self.window, time.perf_counter()
         total: Any = None
         seen: list[tuple[mx.array, tuple[str, ...]]] = []
         for parts in islice(batches, self.feed.first(number + 1) - self.feed.first(number)):
-            for part, stream in zip(parts, streams, strict=False):
-                with mx.stream(stream):
-                    found = step.gradients(part)
-                    mx.async_eval(found)
+            for part, running in [(part, side.start(partial(step.gradients, part))) for part in parts]:
+                found = running.result()
                 total = found if total is None else add(total, found)
                 seen.append((found[0], part.row_ids))
                 window.see(part)

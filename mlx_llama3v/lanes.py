@@ -1,0 +1,98 @@
+"""Independent work side by side on the cores of a CPU.
+
+MLX runs the operations of a CPU stream one after the other, most of them on one core; only matrix products use
+more. So work that can be cut (the rows of a batch, batches of slices) goes to lanes: threads, each with a stream of
+its own and one BLAS thread. A thread each, because one thread that evaluates two streams does not keep both busy: it
+stops handing out operations once ten are under way, and those are all of the first lane.
+
+A GPU has one lane, which is the caller's own thread: its queue is filled from there and kept full by asynchronous
+evaluation, and a second one would only take turns with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TypeVar
+
+import mlx.core as mx
+
+from mlx_llama3v.platform import device_name
+
+T = TypeVar("T")
+
+_MOST = 4
+# (ask, set) the number of BLAS threads: MKL's and OpenBLAS's functions, where platform.py has loaded one of them.
+_THREADS = (
+    ("MKL_Get_Max_Threads", "MKL_Set_Num_Threads"),
+    ("openblas_get_num_threads", "openblas_set_num_threads"),
+)
+
+
+def default_lanes(items: int) -> int:
+    """One lane a core, of two items at least; one on a GPU."""
+    return max(1, min(os.cpu_count() or 1, _MOST, items // 2)) if device_name() == "cpu" else 1
+
+
+class Lanes:
+    """Made by `lanes`. Arrays that work takes in must be evaluated: MLX's streams belong to their threads."""
+
+    def __init__(self, count: int) -> None:
+        self._threads = [_thread(n) for n in range(count)] if count > 1 else []
+        self._next = 0
+
+    def start(self, make: Callable[[], T]) -> Future[T]:
+        """Evaluate the arrays that `make()` returns, on the next lane; the result holds them.
+
+        `make` builds its graph while the caller waits, so graphs that go through one module are built in turn.
+        """
+        if not self._threads:
+            done: Future[T] = Future()
+            found = make()
+            mx.async_eval(found)
+            done.set_result(found)
+            return done
+        thread = self._threads[self._next % len(self._threads)]
+        self._next += 1
+        built: Future[None] = Future()
+        running = thread.submit(_run, make, built)
+        built.result()
+        return running
+
+
+@lru_cache
+def _thread(number: int) -> ThreadPoolExecutor:
+    """Made once: MLX never gives a stream back."""
+    return ThreadPoolExecutor(1, f"lane-{number}")
+
+
+def _run(make: Callable[[], T], built: Future[None]) -> T:
+    try:
+        with mx.stream(mx.default_device()):
+            found = make()
+    finally:
+        built.set_result(None)  # an error is the running work's own
+    mx.eval(found)
+    return found
+
+
+@contextmanager
+def lanes(count: int) -> Iterator[Lanes]:
+    """`count` lanes; while there are several, each has one BLAS thread."""
+    if count == 1:
+        yield Lanes(1)
+        return
+    process = ctypes.CDLL(None)
+    found = [pair for pair in _THREADS if hasattr(process, pair[0])]
+    before = [getattr(process, ask)() for ask, _ in found]
+    for _, put in found:
+        getattr(process, put)(1)
+    try:
+        yield Lanes(count)
+    finally:
+        for (_, put), threads in zip(found, before, strict=True):
+            getattr(process, put)(threads)

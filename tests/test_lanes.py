@@ -1,0 +1,75 @@
+"""Lanes: threads that keep the cores of a CPU busy, and leave things as they were."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from functools import partial
+
+import mlx.core as mx
+import pytest
+
+from mlx_llama3v.lanes import Lanes, default_lanes, lanes
+from mlx_llama3v.train.config import TrainConfig
+
+
+def _row(number: int, seen: list[str]) -> mx.array:
+    seen.append(threading.current_thread().name)
+    return (mx.arange(4) + number).sum()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_results_are_those_of_their_work(count: int) -> None:
+    seen: list[str] = []
+    with lanes(count) as side:
+        running = [side.start(partial(_row, n, seen)) for n in range(7)]
+        assert [int(work.result().item()) for work in running] == [6 + 4 * n for n in range(7)]
+    assert len(set(seen)) == count
+    assert (threading.current_thread().name in seen) == (count == 1)
+
+
+def test_graphs_are_built_in_turn() -> None:
+    """The next `make` begins when the one before is through, so that they may share a module."""
+    inside, most = 0, 0
+
+    def make() -> mx.array:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        found = mx.ones((64, 64)) @ mx.ones((64, 64))
+        inside -= 1
+        return found
+
+    with lanes(3) as side:
+        running = [side.start(make) for _ in range(30)]
+        assert all(float(work.result()[0, 0].item()) == 64 for work in running)
+    assert most == 1
+
+
+def test_an_error_reaches_who_asks() -> None:
+    def broken() -> mx.array:
+        raise ValueError("no such row")
+
+    with lanes(2) as side:
+        running = side.start(broken)
+        with pytest.raises(ValueError, match="no such row"):
+            running.result()
+        assert int(side.start(partial(_row, 1, [])).result().item()) == 10
+
+
+def test_each_has_one_blas_thread() -> None:
+    process = ctypes.CDLL(None)
+    if not hasattr(process, "MKL_Get_Max_Threads"):
+        pytest.skip("MKL is not in use")
+    before = process.MKL_Get_Max_Threads()
+    with lanes(2) as side:
+        assert isinstance(side, Lanes) and process.MKL_Get_Max_Threads() == 1
+    assert process.MKL_Get_Max_Threads() == before
+
+
+def test_how_many() -> None:
+    assert default_lanes(1) == default_lanes(3) == 1 and default_lanes(100) >= 1
+    assert TrainConfig(compile=True, lanes=3).resolved().lanes == 1
+    # MLX's random state belongs to a thread: dropout would not follow the seed in lanes.
+    assert TrainConfig(compile=False, lanes=2, stage="sft", lora_dropout=0.1).resolved().lanes == 1
+    assert TrainConfig(compile=False, lanes=2).resolved().lanes == 2
