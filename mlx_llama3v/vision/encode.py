@@ -7,9 +7,11 @@ from any number of pictures. Slices are sorted by size, so that a batch pads lit
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_llama3v.config import Encoded, Grid, ImageConfig, SliceLayout, TilingConfig, VisionConfig
+from mlx_llama3v.lanes import default_lanes, lanes
 from mlx_llama3v.vision.image import Source, cut, open_image
 from mlx_llama3v.vision.pool import pool_picture
 from mlx_llama3v.vision.siglip import VisionTower, position_table
@@ -71,18 +74,31 @@ class Encoder:
         Takes (grid, patches) pairs, as in `zip(layout.grids, patches)`. The tower runs on `batch_size` slices
         at a time; padding never changes a result beyond float rounding.
         """
+        count = default_lanes(min(batch_size, len(slices)))
+        size = -(-batch_size // count)  # the lanes together hold one batch
         order = sorted(range(len(slices)), key=lambda i: len(slices[i][1]))
         found: dict[int, np.ndarray] = {}
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            hidden = np.array(self._forward([slices[i] for i in chosen]).astype(mx.float32))
+        waiting: deque[tuple[list[int], Future[mx.array]]] = deque()
+
+        def take() -> None:
+            chosen, work = waiting.popleft()
             # Copies, so that one slice does not keep its whole batch in memory.
-            for i, rows in zip(chosen, hidden, strict=True):
+            for i, rows in zip(chosen, np.array(work.result()), strict=True):
                 found[i] = rows[: len(slices[i][1])].copy()
+
+        mx.eval(self.tower.parameters())  # lanes take no work of another thread over
+        with lanes(count) as side:
+            for start in range(0, len(order), size):
+                chosen = order[start : start + size]
+                waiting.append((chosen, side.start(partial(self._forward, [slices[i] for i in chosen]))))
+                if len(waiting) > count:
+                    take()
+            while waiting:
+                take()
         return [found[i] for i in range(len(slices))]
 
     def _forward(self, batch: Sequence[Slice]) -> mx.array:
-        """[S, P, D], padded to the longest slice of the batch."""
+        """float32 [S, P, D], padded to the longest slice of the batch."""
         lengths = [len(rows) for _, rows in batch]
         longest = max(lengths)
         tables = {grid: position_table(self.tower, grid) for grid, _ in batch}
@@ -92,7 +108,7 @@ class Encoder:
         mask = None
         if min(lengths) < longest:
             mask = mx.arange(longest)[None] < mx.array(lengths)[:, None]
-        return self.tower(mx.array(patches), positions, mask, self.layer)
+        return self.tower(mx.array(patches), positions, mask, self.layer).astype(mx.float32)
 
     def embed(self, source: Source, batch_size: int = 8) -> Encoded:
         """One picture's embeddings, fresh and pooled: float32 [layout.patches, D]. Raises ImageError."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,47 +17,10 @@ import numpy as np
 
 from mlx_llama3v.config import Grid, SiglipTextConfig, VisionConfig
 from mlx_llama3v.errors import CheckpointError
-from mlx_llama3v.platform import device_name
-
-# tanh(x) = x P(x^2) / Q(x^2) on [-7.9, 7.9], the constants of Eigen's `ptanh`, highest power first.
-_TANH_BOUND = 7.90531110763549805
-_TANH_P = (
-    *(-2.76076847742355e-16, 2.00018790482477e-13, -8.60467152213735e-11, 5.12229709037114e-08),
-    *(1.48572235717979e-05, 6.37261928875436e-04, 4.89352455891786e-03),
-)
-_TANH_Q = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
-
-
-@partial(mx.compile, shapeless=True)
-def _gelu_rational(x: mx.array) -> mx.array:
-    z = mx.clip(x * (0.7978845608028654 + 0.035677408136300125 * x * x), -_TANH_BOUND, _TANH_BOUND)
-    return 0.5 * x * (1 + z * _polynomial(z * z, _TANH_P) / _polynomial(z * z, _TANH_Q))
-
-
-def _polynomial(x: mx.array, powers: tuple[float, ...]) -> mx.array:
-    value = powers[0] * x
-    for constant in powers[1:-1]:
-        value = (value + constant) * x
-    return value + powers[-1]
-
-
-@partial(mx.compile, shapeless=True)
-def _gelu_sigmoid(x: mx.array) -> mx.array:
-    return x * mx.sigmoid(x * (1.5957691216057308 + 0.07135481282 * x * x))
-
-
-def _gelu_tanh(x: mx.array) -> mx.array:
-    """GELU in its tanh form, within 1e-6 of `nn.gelu_approx`, which takes a power and a tanh an element.
-
-    MLX's transcendentals are scalar loops on a CPU and took a quarter of the encoding time there: a ratio of
-    polynomials takes a tenth of that. Elsewhere x sigmoid(2 z), which is the same and cancels nothing.
-    """
-    on_cpu = x.dtype == mx.float32 and device_name() == "cpu"
-    return _gelu_rational(x) if on_cpu else _gelu_sigmoid(x)
-
+from mlx_llama3v.kernels import attend, gelu_tanh
 
 _ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
-    "gelu_pytorch_tanh": _gelu_tanh,  # every released SigLIP; nn.gelu_fast_approx is another function
+    "gelu_pytorch_tanh": gelu_tanh,  # every released SigLIP; nn.gelu_fast_approx is another function
     "gelu": nn.gelu,
 }
 
@@ -87,7 +50,7 @@ def _attend(q: mx.array, k: mx.array, v: mx.array, heads: int, mask: mx.array | 
     q, k, v = (x.reshape(B, -1, heads, D // heads).transpose(0, 2, 1, 3) for x in (q, k, v))
     if mask is not None:
         mask = mask[:, None, None, :]
-    x = mx.fast.scaled_dot_product_attention(q, k, v, scale=(D // heads) ** -0.5, mask=mask)
+    x = attend(q, k, v, (D // heads) ** -0.5, mask)
     return x.transpose(0, 2, 1, 3).reshape(B, L, D)
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 import transformers
 
+from mlx_llama3v import kernels
 from mlx_llama3v.config import SiglipTextConfig, VisionConfig, known
 from mlx_llama3v.errors import CheckpointError
-from mlx_llama3v.vision import siglip
 from mlx_llama3v.vision.encode import patchify
 from mlx_llama3v.vision.siglip import (
     SiglipModel,
@@ -145,7 +145,7 @@ def test_twin_the_other_gelu_is_noticed(checkpoint: Path) -> None:
     assert mx.abs(tower(patches, positions) - right).max().item() > TOLERANCE
 
 
-@pytest.mark.parametrize("form", [siglip._gelu_rational, siglip._gelu_sigmoid, siglip._gelu_tanh])
+@pytest.mark.parametrize("form", [kernels._gelu_rational, kernels._gelu_sigmoid, kernels.gelu_tanh])
 def test_both_forms_of_the_tanh_gelu(form: Callable[[mx.array], mx.array]) -> None:
     x = np.concatenate([np.linspace(-15, 15, 30_001), [-1e4, -300, 300, 1e4]]).astype(np.float32)
     exact = torch.from_numpy(x).double().requires_grad_()
