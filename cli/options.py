@@ -11,6 +11,7 @@ import re
 import tomllib
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -30,10 +31,18 @@ MaxSlices = Annotated[
 ]
 
 
+PRESETS = Path(__file__).parent / "presets"
+
+
 def config_file(ctx: typer.Context, path: Path | None) -> Path | None:
-    """Callback of `--config FILE.toml`: its values become the defaults, the command line wins."""
+    """Callback of `--config FILE.toml`: its values become the defaults, the command line wins.
+
+    A name that is no file may be that of a preset of this package.
+    """
     if path is None:
         return None
+    if not path.exists() and (preset := PRESETS / path.with_suffix(".toml").name).is_file() and path.parent == Path():
+        path = preset
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -43,7 +52,10 @@ def config_file(ctx: typer.Context, path: Path | None) -> Path | None:
     values = {key.replace("-", "_"): value for key, value in values.items()}
     names = {parameter.name for parameter in ctx.command.params}
     if unknown := sorted(values.keys() - names):
-        raise RunError(f"{path}: {', '.join(unknown)} is no option of `{ctx.command.name}`.")
+        known = [name for name in names if name]
+        near = {key: get_close_matches(key, known, 1) for key in unknown}
+        what = ", ".join(key + (f" (did you mean {near[key][0]}?)" if near[key] else "") for key in unknown)
+        raise RunError(f"{path}: {what} is no option of `{ctx.command.name}`.")
     ctx.default_map = {**(ctx.default_map or {}), **values}
     return path
 
@@ -55,7 +67,7 @@ Config = Annotated[
         "-c",
         callback=config_file,
         is_eager=True,
-        help="TOML file with defaults for these options.",
+        help="TOML file with defaults for these options, or a preset's name (pretrain, sft).",
     ),
 ]
 

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal
 
 import typer
@@ -10,14 +18,16 @@ from rich.text import Text
 
 from mlx_llama3v.ahead import AheadConfig
 from mlx_llama3v.cli import show
-from mlx_llama3v.cli.options import Config, Model, Offline, byte_count, settings_options
+from mlx_llama3v.cli.options import Config, Offline, byte_count, settings_options
 from mlx_llama3v.embeddings.codec import DEFAULT as DEFAULT_CODEC
 from mlx_llama3v.errors import RunError
 from mlx_llama3v.stages import train_stage
 from mlx_llama3v.train.config import TrainConfig
-from mlx_llama3v.train.report import Callbacks, Evaluation, Progress, Start
+from mlx_llama3v.train.report import Callbacks, Evaluation, Progress, Skipped, Start
 from mlx_llama3v.train.trainer import TrainResult
 
+# What stage sft takes over from the run that trained its projector, beside the model and the store.
+INHERITED = ("max_seq_length", "long_rows", "pack", "seed", "val_split", "val_rows", "grad_checkpoint")
 COLOURS = {"prompt": "dim", "target": "bold green", "marker": "magenta", "visual": "cyan"}
 
 
@@ -27,11 +37,16 @@ def register(app: typer.Typer) -> None:
 
 @settings_options(TrainConfig)
 def train(
-    model: Model,
+    ctx: typer.Context,
     data: Annotated[Path, typer.Option("--data", help="LLaVA-format JSON or JSONL.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", help="Run directory to write.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Option("--model", help="Model directory or Hub id [default: that of --projector].", show_default=False),
+    ] = "",
     embeddings: Annotated[
-        Path | None, typer.Option("--embeddings", help="Store (from `embed`).", show_default=False)
+        Path | None,
+        typer.Option("--embeddings", help="Store (from `embed`) [default: that of --projector].", show_default=False),
     ] = None,
     image_folder: Annotated[
         Path | None,
@@ -52,6 +67,9 @@ def train(
         typer.Option("--projector", help="Run (or file) to take the projector from; sft needs one."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of --output.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all data and show what would be trained; write nothing.")
+    ] = False,
     offline: Offline = False,
     config: Config = None,
     **settings: Any,
@@ -63,10 +81,18 @@ def train(
     values: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
     }
+    before = _before(projector) if values["stage"] == "sft" else {}
+    given = {key for key in ctx.params if str(ctx.get_parameter_source(key)).endswith(("COMMANDLINE", "DEFAULT_MAP"))}
+    _inherit(values, before.get("train", {}), given)
+    model = model or before.get("model", "")
+    if embeddings is None and not embed_ahead and before:
+        embeddings = Path(before["store"]["path"])
+    if not model:
+        raise RunError("give the model directory with --model.")
     if embed_ahead == (embeddings is not None):
         raise RunError("give either --embeddings STORE, or --embed-ahead to embed while training.")
     ahead = AheadConfig(model, byte_count(store_budget), codec, offline=offline) if embed_ahead else None
-    with show.bar(values["stage"], "steps") as bar:
+    with show.bar(values["stage"], "steps") as bar, _interruptible() as stop:
         result = train_stage(
             model,
             data,
@@ -78,22 +104,85 @@ def train(
             image_folder=image_folder,
             resume=resume,
             offline=offline,
-            callbacks=_watch(bar),
+            callbacks=_watch(bar, stop),
+            dry_run=dry_run,
         )
-    print_result(result)
+    if dry_run:
+        show.out.print(f"{result.steps:,} steps would be trained; nothing was written.")
+    elif result.stopped is not None:
+        again = [word for word in sys.argv[1:] if word != "--resume"]
+        show.out.print(f"Stopped after step {result.stopped:,}, which is saved. Go on with:")
+        show.out.print(f"llama3v-mlx {shlex.join([*again, '--resume'])}", markup=False)
+        raise typer.Exit(130)
+    else:
+        print_result(result)
+
+
+def _before(projector: Path | None) -> dict[str, Any]:
+    """config.json of the run that a projector is taken from; nothing where it is a bare file."""
+    file = projector / "config.json" if projector is not None else None
+    if file is None or not file.is_file():
+        return {}
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{file} is damaged: {error}.") from error
+    return values
+
+
+def _inherit(values: dict[str, Any], before: dict[str, Any], given: set[str]) -> None:
+    """Take over what the run before had, unless it was given, and say so. Changes `values`."""
+    for name in INHERITED:
+        if name not in before or before[name] == values[name]:
+            continue
+        if name in given:
+            show.err.print(f"{name} is {values[name]}; the pretrain run had {before[name]}")
+        else:
+            values[name] = before[name]
+            show.err.print(f"{name} is {before[name]}, as in the pretrain run")
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C asks for an end after the step; the second one interrupts at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        show.err.print("stopping after this step; press Ctrl-C again to stop at once")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def print_start(start: Start) -> None:
     """What will be trained on what, and one row as the model will see it, its targets in green."""
     print_problems(start.problems)
+    for problem in start.shortened[:10]:
+        show.err.print(f"shortened: {problem}", markup=False)
+    if len(start.shortened) > 10:
+        show.err.print(f"... and {len(start.shortened) - 10} more")
     learned = start.trainable
     show.err.print(
-        f"{start.rows:,} rows (longest {start.longest} tokens), {start.held_out} held out; {start.steps:,} steps"
-        f"{f', {start.done:,} of them done' if start.done else ''}; "
-        f"training {learned.count:,} of {learned.total:,} parameters."
+        f"{start.rows:,} rows (none over {start.longest} tokens), {start.held_out} held out; {start.steps:,} steps "
+        f"of {start.batches_per_step} x {start.batch_size} rows"
+        f"{f', {start.done:,} of them done' if start.done else ''}"
     )
-    sample = Text("first row: ")
-    for text, kind in start.sample:
+    show.err.print(
+        f"training {learned.count:,} of {learned.total:,} parameters ({', '.join(learned.parts)}); "
+        f"about {show.size(start.memory)} of memory at the peak"
+    )
+    count = {kind: sum(n for _, k, n in start.sample if k == kind) for kind in ("visual", "target")}
+    sample = Text(f"first row ({count['visual']} visual tokens, {count['target']} targets): ")
+    for text, kind, _ in start.sample:
         sample.append(text.replace("\n", "\\n"), style=COLOURS[kind])
     show.err.print(sample)
 
@@ -106,7 +195,7 @@ def print_problems(problems: tuple[Any, ...], most: int = 10) -> None:
         show.err.print(f"... and {len(problems) - most} more")
 
 
-def _watch(bar: show.Bar) -> Callbacks:
+def _watch(bar: show.Bar, stop: Callable[[], bool]) -> Callbacks:
     """Print what happens, and move the bar."""
 
     def started(start: Start) -> None:
@@ -114,9 +203,13 @@ def _watch(bar: show.Bar) -> Callbacks:
         bar.update(start.done, start.steps)
 
     def progress(p: Progress) -> None:
-        bar.update(p.step, p.steps, f"loss {p.loss:.3f}, {p.tokens_per_second:,.0f} tokens/s")
+        rates = f"{p.tokens_per_second:,.0f} tokens/s, {p.images_per_second:,.1f} images/s"
+        bar.update(p.step, p.steps, f"loss {p.loss:.3f}, {rates}, {show.size(p.peak_memory)}")
 
-    return Callbacks(started=started, progress=progress, evaluated=print_evaluation)
+    def skipped(event: Skipped) -> None:
+        show.err.print(f"step {event.step} was skipped, it is not a number: rows {', '.join(event.skipped_rows)}")
+
+    return Callbacks(started=started, progress=progress, evaluated=print_evaluation, skipped=skipped, stop=stop)
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
@@ -127,13 +220,18 @@ def print_evaluation(evaluation: Evaluation) -> None:
     if evaluation.eval_blind is not None:
         parts.append(f"{evaluation.eval_blind:.3f} without")
     show.err.print(f"step {evaluation.step}: {', '.join(parts)}")
+    if not evaluation.looks:
+        show.err.print(
+            f"  the pictures hardly matter: without the right ones the loss grows by {evaluation.gap:.4f} only"
+        )
 
 
 def print_result(result: TrainResult) -> None:
     """Final loss and where the run is."""
     left_out = f", {len(result.problems)} rows left out" if result.problems else ""
     loss = f"last loss {result.last.loss:.3f}" if result.last else "nothing was left to do"
+    padding = f", {result.last.padding:.1%} padding" if result.last else ""
     show.out.print(
-        f"{result.steps:,} steps on {result.rows:,} rows in {show.duration(result.seconds)}{left_out}; {loss}."
+        f"{result.steps:,} steps on {result.rows:,} rows in {show.duration(result.seconds)}{left_out}; {loss}{padding}."
     )
     show.out.print(f"Run: {result.run_dir} (projector, metrics.jsonl, loss.png)")

@@ -68,6 +68,34 @@ class Llama3V(nn.Module):
         """ids [B, L], or vectors [B, L, D] in their place -> states after the final norm [B, L, D]."""
         return self.language_model.model(inputs, cache, input_embeddings)
 
+    def train_hidden(self, vectors: mx.array, segments: mx.array | None = None, *, recompute: bool = False) -> mx.array:
+        """As `hidden` without a cache, for training: vectors [B, L, D] -> states [B, L, D].
+
+        segments [B, L] int32: positions see those of their own segment alone. Rotary positions go on through all
+        segments: attention depends on their differences only. `recompute`: a block keeps its input, and computes the
+        rest again in the backward pass; not with dropout.
+        """
+        if segments is None and not recompute:
+            return self.language_model.model(vectors, None, vectors)
+        mask: Any = "causal"
+        if segments is not None:
+            order = mx.arange(segments.shape[1])
+            mask = (segments[:, None, :, None] == segments[:, None, None, :]) & (order[:, None] >= order[None])
+        for layer in self.layers:
+            vectors = _recomputed(layer, vectors, mask) if recompute else layer(vectors, mask)
+        return self.language_model.model.norm(vectors)
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return int(self.language_model.args.vocab_size)
+
+    @property
+    def head(self) -> nn.Module:
+        """What makes logits: lm_head, or the embedding where they are tied."""
+        tied = self.language_model.args.tie_word_embeddings
+        return self.language_model.model.embed_tokens if tied else self.language_model.lm_head
+
     def logits(self, hidden: mx.array) -> mx.array:
         """States [..., D] -> logits [..., V]; give it only the rows that are needed."""
         if self.language_model.args.tie_word_embeddings:
@@ -89,6 +117,21 @@ class Llama3V(nn.Module):
             for name, value in weights.items()
             if not name.endswith("rotary_emb.inv_freq") and not name.startswith(unused)
         }
+
+
+def _recomputed(layer: nn.Module, vectors: mx.array, mask: Any) -> mx.array:
+    """layer(vectors, mask) that is computed again for its gradient.
+
+    It must not be random: MLX would draw other dropout masks the second time (its random state cannot be set).
+    """
+    masks = () if isinstance(mask, str) else (mask,)
+
+    @mx.checkpoint
+    def call(parameters: Any, vectors: mx.array, *masks: mx.array) -> mx.array:
+        layer.update(parameters)
+        return layer(vectors, *(masks or (mask,)))
+
+    return call(layer.trainable_parameters(), vectors, *masks)
 
 
 def quantize_decoder(

@@ -160,12 +160,14 @@ def train_stage(
     resume: bool = False,
     offline: bool = False,
     callbacks: Callbacks | None = None,
+    dry_run: bool = False,
 ) -> TrainResult:
     """Run one stage on the records of `data`, whose pictures are in the store `embeddings`.
 
     `projector`: the run (or its projector.safetensors) whose projector to start from; stage sft needs one.
     `ahead`: `embeddings` is not there yet; a second process fills it as training reads, from pictures that are looked
-    for as `embed` does (`image_folder`). Records that cannot be read are among the result's problems. Raises UserError.
+    for as `embed` does (`image_folder`). Records that cannot be read are among the result's problems. `dry_run`: see
+    trainer.train. Raises UserError.
     """
     path = resolve(model, offline=offline)
     if config.stage == "sft" and projector is None:
@@ -182,7 +184,7 @@ def train_stage(
             images = _files(records, image_folder)
             always = _held_out_images(records.records, config)
             store = stack.enter_context(Ahead(embeddings, ahead, images, always)).store
-        result = _train(path, store, records.records, output, config, projector, resume, callbacks, str(data))
+        result = _train(path, store, records.records, output, config, projector, resume, callbacks, str(data), dry_run)
     return replace(result, problems=(*records.problems, *result.problems))
 
 
@@ -208,6 +210,7 @@ def _train(
     resume: bool,
     callbacks: Callbacks | None,
     data: str,
+    dry_run: bool,
 ) -> TrainResult:
     """Load the model, and train it on a store that fits it."""
     model_config = load_config(path)
@@ -219,7 +222,18 @@ def _train(
         _use_stored_tokens(llama3v, store, config.stage)
     tokens = Tokens.load(path, model_config.marker_ids, model_config.eos_token_ids, model_config.prompt_layout)
     notes = {"model": str(path), "data_file": data, "projector": str(projector or "")}
-    return train(config, llama3v, tokens, store, records, output, resume=resume, callbacks=callbacks, notes=notes)
+    return train(
+        config,
+        llama3v,
+        tokens,
+        store,
+        records,
+        output,
+        resume=resume,
+        callbacks=callbacks,
+        notes=notes,
+        dry_run=dry_run,
+    )
 
 
 def _held_out_images(records: Sequence[Record], config: TrainConfig) -> list[str]:

@@ -170,7 +170,7 @@ from tests.test_ahead import BUDGET, AheadConfig, settings, train_stage
 model, data, images, out = sys.argv[1:]
 done = []
 class Watch:
-    started = evaluated = None
+    started = evaluated = skipped = stop = None
     @staticmethod
     def progress(p):
         print(p.step, flush=True)

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_llama3v.config import Encoded, ModelConfig, ProjectorConfig, SliceLayout, VisionConfig
-from mlx_llama3v.data.batches import Batch, Row, build_rows, collate, order, padded
+from mlx_llama3v.data.batches import Batch, collate, order, padded
 from mlx_llama3v.data.records import Record
+from mlx_llama3v.data.rows import Row, RowLayout, build_rows
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.embeddings.tools import merge
 from mlx_llama3v.embeddings.writer import StoreWriter
@@ -69,9 +70,9 @@ RECORDS = (
 
 
 def rows_of(store: Store, *records: Record, config: ModelConfig = CONFIG, stage: str = "sft") -> list[Row]:
-    rows, problems = build_rows(records, store, TOKENS, config.projector_config, 1000, stage)
+    rows, problems = build_rows(records, RowLayout(store, TOKENS, config.projector_config, stage, 1000))
     assert not problems, problems
-    return rows
+    return [*rows]
 
 
 def array(values: mx.array | None) -> np.ndarray:
@@ -88,7 +89,7 @@ def test_a_record_that_cannot_be_trained_on_is_a_problem(store: Store) -> None:
         Record("asked", (), (Message("user", "What?"),)),
         chat("good2"),
     ]
-    rows, problems = build_rows(records, store, TOKENS, CONFIG.projector_config, 1000, "sft")
+    rows, problems = build_rows(records, RowLayout(store, TOKENS, CONFIG.projector_config, "sft", 1000))
     assert [row.id for row in rows] == ["good", "good2"]
     assert [problem.where for problem in problems] == [
         "record gone",
@@ -104,7 +105,7 @@ def test_rows_over_the_limit_are_reported_not_cut(store: Store) -> None:
     lengths = {row.id: len(row) for row in rows_of(store, *RECORDS)}
     limit = lengths["a"]
     assert lengths["b"] > limit and lengths["turns"] > limit
-    rows, problems = build_rows(RECORDS, store, TOKENS, CONFIG.projector_config, limit, "sft")
+    rows, problems = build_rows(RECORDS, RowLayout(store, TOKENS, CONFIG.projector_config, "sft", limit))
     assert {row.id: len(row) for row in rows} == {name: n for name, n in lengths.items() if n <= limit}
     assert str(problems[0]) == (f"record b: it has {lengths['b']} tokens, more than the longest allowed ({limit})")
 
@@ -120,7 +121,7 @@ def test_only_stage_pretrain_knows_bare_captions(store: Store) -> None:
 
 def test_another_width_than_the_projector_takes_is_refused(store: Store) -> None:
     with pytest.raises(StoreError, match="width 12, the projector takes 1152"):
-        build_rows(RECORDS, store, TOKENS, ProjectorConfig(), 1000, "sft")
+        build_rows(RECORDS, RowLayout(store, TOKENS, ProjectorConfig(), "sft", 1000))
 
 
 def test_every_row_survives_collation(store: Store) -> None:

@@ -23,7 +23,7 @@ ORDER = (
     ("projected",),
     ("model",),
     ("checkpoint",),
-    ("data", "score", "encoder"),
+    ("data", "score", "encoder", "plan"),
     ("train", "inference"),
     ("ahead", "estimate"),
     ("server",),

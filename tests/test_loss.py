@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_llama3v.data.batches import Batch, Row, build_rows, collate
+from mlx_llama3v.data.batches import Batch, collate
+from mlx_llama3v.data.rows import Row, RowLayout, build_rows
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.train.lora import prepare
@@ -38,7 +39,7 @@ def prepared(stage: str, **over: Any) -> Llama3V:
 
 def rows_of(model: Llama3V, store: Store, count: int = 4) -> list[Row]:
     projector = model.config.projector_config
-    return build_rows(chats(count), store, tiny_tokens(), projector, 1000, "sft")[0]
+    return [*build_rows(chats(count), RowLayout(store, tiny_tokens(), projector, "sft", 1000))[0]]
 
 
 def found(model: Llama3V, batch: Batch, compiled: bool = False) -> tuple[float, int, dict[str, np.ndarray]]:

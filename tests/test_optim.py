@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from mlx_llama3v.train.optim import adamw, learning_rate, mean_and_clip
+from mlx_llama3v.train.optim import adamw, learning_rate, mean_and_clip, mean_norm
 
 
 def test_the_schedule_rises_and_falls() -> None:
@@ -35,7 +35,8 @@ def test_the_schedule_never_leaves_its_range(steps: int, warmup: float, floor: f
 @pytest.mark.parametrize(("limit", "shrinks"), [(0.0, False), (100.0, False), (1.0, True)])
 def test_clipping_keeps_the_direction(limit: float, shrinks: bool) -> None:
     summed = {"a": mx.array([10.0, 5.0]), "b": [mx.array([[3.0], [2.0]])]}
-    mean, norm = mean_and_clip(summed, mx.array(4.0), limit)
+    norm = mean_norm(summed, mx.array(4.0))
+    mean = mean_and_clip(summed, mx.array(4.0), norm, limit)
     assert float(norm) == pytest.approx(math.sqrt(138) / 4)
     values = np.concatenate([np.array(value).reshape(-1) for _, value in tree_flatten(mean)])
     expected = np.array([10.0, 5.0, 3.0, 2.0]) / (math.sqrt(138) if shrinks else 4.0)

@@ -29,7 +29,7 @@ def tokens(request: pytest.FixtureRequest) -> Tokens:
 
 
 def shown(rendered: Rendered, tokens: Tokens) -> str:
-    return "".join(text for text, _ in describe(rendered, tokens))
+    return "".join(text for text, _, _ in describe(rendered, tokens))
 
 
 def targets(rendered: Rendered, tokens: Tokens) -> list[str]:
@@ -148,7 +148,7 @@ def test_text_only_equals_the_chat_template(tokens: Tokens, tmp_path) -> None:
 
 
 def test_describe_names_every_kind(tokens: Tokens) -> None:
-    kinds = [kind for _, kind in describe(render([SIGN, STOP], [SQUARE], tokens, PROJECTOR), tokens)]
+    kinds = [kind for _, kind, _ in describe(render([SIGN, STOP], [SQUARE], tokens, PROJECTOR), tokens)]
     assert kinds == ["prompt", "marker", "visual", "marker", "prompt", "marker", "prompt", "target"]
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from mlx_llama3v.checkpoint import load_run
-from mlx_llama3v.data.batches import build_rows
 from mlx_llama3v.data.records import Record
+from mlx_llama3v.data.rows import RowLayout, build_rows
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.errors import DataError, RunError
 from mlx_llama3v.tensors import parameters
@@ -49,7 +49,7 @@ def test_pretrain_learns_and_leaves_the_decoder_as_it_was(store: Store, tmp_path
     losses = [line["loss"] for line in lines(tmp_path / "run")]
     assert losses[-1] < losses[0] - 0.4
     assert result.last is not None and result.last.loss == losses[-1]
-    names = {path.name for path in (tmp_path / "run").iterdir()}
+    names = {path.name for path in (tmp_path / "run").iterdir() if path.name != ".lock"}
     assert names == {"config.json", "loss.png", "metrics.jsonl", "projector.safetensors"}
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -93,8 +93,8 @@ def test_all_data_are_checked_first(store: Store, tmp_path: Path) -> None:
     (start,) = seen
     assert (start.rows, start.problems, start.steps, start.done) == (8, result.problems, 2, 0)
     assert start.longest <= 100
-    assert [text for text, kind in start.sample if kind == "target"] == ["red<|end_of_text|>"]
-    assert any(kind == "visual" for _, kind in start.sample)
+    assert [text for text, kind, _ in start.sample if kind == "target"] == ["red<|end_of_text|>"]
+    assert any(kind == "visual" for _, kind, _ in start.sample)
     with pytest.raises(DataError, match="none of 3 records can be trained on; the first: record gone"):
         run(config, store, tmp_path / "none", records=bad)
     assert not (tmp_path / "none").exists()
@@ -125,7 +125,8 @@ def test_every_row_is_trained_once_an_epoch(store: Store, tmp_path: Path) -> Non
 
 def test_batches_are_a_function_of_their_number(store: Store) -> None:
     model = tiny_model()
-    rows, _ = build_rows(captions(20), store, tiny_tokens(), model.config.projector_config, 100, "pretrain")
+    layout = RowLayout(store, tiny_tokens(), model.config.projector_config, "pretrain", 100)
+    rows, _ = build_rows(captions(20), layout)
     config = settings(iters=0, epochs=2, batch_size=5, lanes=2)
 
     def batches(first: int) -> list[list[tuple[str, ...]]]:
@@ -249,7 +250,7 @@ def test_held_out_rows_that_make_no_row_are_counted(store: Store, tmp_path: Path
     ("name", "value", "message"),
     [
         ("stage", "both", "stage is 'both'; expected pretrain or sft"),
-        ("batch_size", 0, "batch_size is 0; expected at least 1"),
+        ("batch_size", -1, "batch_size is -1; expected at least 0"),
         ("val_split", 1.0, r"val_split is 1.0; expected between 0 and 0.95"),
         ("learning_rate", float("nan"), "learning_rate is nan"),
         ("tune", "qlora", "expected lora or dora or full"),

@@ -1,11 +1,13 @@
 """A training run of seconds: random pictures in a store, a tiny model, records whose answers name the picture.
 
-`python -m tests.tiny_run RUN_DIR STORE` trains in a process of its own, so that it can be killed.
+`python -m tests.tiny_run RUN_DIR STORE [STAGE]` trains in a process of its own: it can be killed, and be one of
+several ranks. With a STAGE it is a short run whose last batch has a single row.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,5 +91,10 @@ def long_settings() -> TrainConfig:
 
 
 if __name__ == "__main__":
-    run_dir, store_dir = sys.argv[1:]
-    run(long_settings(), Store(store_dir), Path(run_dir))
+    run_dir, store_dir, *stage = sys.argv[1:]
+    if stage:
+        config = settings(*stage, iters=0, epochs=2, batch_size=5, val_split=0.2, grad_accumulation_steps=2, clip=0.5)
+        records = [record for record in chats(31) if record.id != "row-30"]
+        run(replace(config, learning_rate=3e-3), Store(store_dir), Path(run_dir), records=records)
+    else:
+        run(long_settings(), Store(store_dir), Path(run_dir), resume=True)

@@ -1,4 +1,4 @@
-"""From records to batches: lay out, order, collate.
+"""From rows to batches: order, pack, collate.
 
 Row lengths follow from the stored slice *shapes*; embeddings are read when a batch is put together. Sizes are
 padded to few distinct values, so that a compiled training step is traced a few times and not once a batch.
@@ -6,41 +6,25 @@ padded to few distinct values, so that a compiled training step is traced a few 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_llama3v.config import ModelConfig, ProjectorConfig, SliceLayout
-from mlx_llama3v.data.records import Problem, Record
+from mlx_llama3v.config import ModelConfig
+from mlx_llama3v.data.rows import Row
 from mlx_llama3v.embeddings.codec import CHANNEL, Codec
 from mlx_llama3v.embeddings.store import Reader
-from mlx_llama3v.errors import ContextError, DataError, StoreError
 from mlx_llama3v.projector import pad_slices, places
-from mlx_llama3v.text.prompt import FIRST_VISUAL, Rendered, render
-from mlx_llama3v.text.tokens import Tokens
-
-_WINDOW = 64  # batches that are sorted by length together; larger pads less and shuffles less
-
-
-@dataclass(frozen=True)
-class Row:
-    """One training row: laid out, its pictures still in the store."""
-
-    id: str
-    rendered: Rendered
-    images: tuple[str, ...]
-    layouts: tuple[SliceLayout, ...]
-
-    def __len__(self) -> int:
-        return len(self.rendered)
+from mlx_llama3v.text.prompt import FIRST_VISUAL
 
 
 @dataclass(frozen=True)
 class Batch:
     """Rows padded at the end to one shape. Position i predicts token i + 1, and all of this is so aligned.
 
+    Packed, one of the B sequences holds several rows, one after the other, which `segments` tells apart.
     A padded position or slice is harmless, not masked: the decoder is causal, so nothing real sees a padded
     position; no `source` points to a padded slice (grid 1 x 1).
     """
@@ -56,6 +40,8 @@ class Batch:
     num_tokens: int  # visual tokens a slice has room for
     lengths: tuple[int, ...]  # of the rows before padding
     row_ids: tuple[str, ...]
+    images: int  # pictures of all rows
+    segments: mx.array | None = None  # int32 [B, L], where packed: 1, 2, ... the row of a position, 0 padding
 
     @property
     def patches(self) -> mx.array | None:
@@ -68,83 +54,94 @@ class Batch:
         return 1 - sum(self.lengths) / self.ids.size
 
 
-def build_rows(
-    records: Iterable[Record],
-    store: Reader,
-    tokens: Tokens,
-    projector: ProjectorConfig,
-    max_length: int,
-    stage: str,
-) -> tuple[list[Row], list[Problem]]:
-    """Lay out every record that can be trained on; the others become Problems.
-
-    In stage "pretrain" a record in which nothing is asked takes the bare caption form; every other record,
-    and every record of another stage, is a conversation. A row over `max_length` tokens is left out, never
-    cut: a cut could fall into a picture, and would teach answers without their end.
-    Raises StoreError when the store's embeddings do not fit the projector.
-    """
-    if store.width not in (0, projector.in_dim):
-        raise StoreError(
-            f"{store.path} holds embeddings of width {store.width}, the projector takes {projector.in_dim}."
-        )
-    rows, problems = [], []
-    for record in records:
-        try:
-            row = _build_row(record, store, tokens, projector, caption=stage == "pretrain" and record.caption)
-            if len(row) > max_length:
-                raise ContextError(f"it has {len(row)} tokens, more than the longest allowed ({max_length})")
-        except (DataError, ContextError) as error:
-            problems.append(Problem(f"record {record.id}", str(error).rstrip(".")))
-        else:
-            rows.append(row)
-    return rows, problems
-
-
-def _build_row(record: Record, store: Reader, tokens: Tokens, projector: ProjectorConfig, *, caption: bool) -> Row:
-    for name in record.images:
-        if name not in store:
-            raise DataError(f"its picture {name!r} is not in the store: {store.failures.get(name, 'not embedded')}")
-    layouts = tuple(store.layout(name) for name in record.images)
-    rendered = render(record.messages, layouts, tokens, projector, caption=caption)
-    return Row(record.id, rendered, record.images, layouts)
-
-
 def order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of one epoch, as indices of rows: `Order` where all lengths are known."""
+    found = Order(len(lengths), batch_size, seed, epoch, lambda rows: [lengths[i] for i in rows])
+    return [batch for window in range(found.windows) for batch in found.window(window)]
+
+
+class Order:
     """The batches of one epoch, as indices of rows: a pure function of its arguments.
 
-    Every row occurs once. Shuffled, then sorted by length within windows of batches, so that a batch pads
-    little; then the batches are shuffled. At most one batch has fewer than `batch_size` rows.
+    Every row occurs once. Shuffled; then sorted by length within windows of batches, so that a batch pads little;
+    then the batches of a window are shuffled. At most one batch, in the last window, has fewer than `batch_size` rows.
+    Lengths are asked for a window at a time: a row need not be laid out long before it is read.
     """
-    random = np.random.default_rng([seed, epoch])
-    shuffled = random.permutation(len(lengths))
-    batches = []
-    for start in range(0, len(shuffled), batch_size * _WINDOW):
-        window = sorted(shuffled[start : start + batch_size * _WINDOW].tolist(), key=lengths.__getitem__)
-        batches += [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
-    return [batches[i] for i in random.permutation(len(batches))]
+
+    def __init__(
+        self,
+        rows: int,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        lengths: Callable[[Sequence[int]], Sequence[int]] | None = None,
+    ) -> None:
+        """`lengths`: of the rows with these indices; None leaves them unsorted."""
+        self._seed, self._epoch, self._batch_size, self._lengths = seed, epoch, batch_size, lengths
+        self._shuffled = np.random.default_rng([seed, epoch]).permutation(rows)
+        # Wider pads less; narrower needs fewer rows before the first step.
+        self.per_window = max(8, min(64, 4096 // batch_size))
+
+    @property
+    def windows(self) -> int:
+        """How many there are."""
+        return -(-len(self._shuffled) // (self._batch_size * self.per_window))
+
+    def window(self, number: int) -> list[list[int]]:
+        """The batches of one window, `per_window` of them but for the last."""
+        size = self._batch_size * self.per_window
+        rows = self._shuffled[number * size : (number + 1) * size].tolist()
+        if self._lengths is not None:
+            lengths = dict(zip(rows, self._lengths(rows), strict=True))
+            rows.sort(key=lengths.__getitem__)
+        batches = [rows[i : i + self._batch_size] for i in range(0, len(rows), self._batch_size)]
+        random = np.random.default_rng([self._seed, self._epoch, number])
+        return [batches[i] for i in random.permutation(len(batches))]
 
 
-def collate(rows: Sequence[Row], store: Reader, config: ModelConfig, pad_to: int = 32) -> Batch:
+def bins(rows: Sequence[Row], most: int) -> list[list[Row]]:
+    """Rows put together in few sequences of at most `most` tokens: each, longest first, where it still fits."""
+    filled: list[tuple[int, list[Row]]] = []
+    for row in sorted(rows, key=len, reverse=True):
+        at = next((i for i, (used, _) in enumerate(filled) if used + len(row) <= most), None)
+        if at is None:
+            filled.append((len(row), [row]))
+        else:
+            filled[at] = (filled[at][0] + len(row), [*filled[at][1], row])
+    return [together for _, together in filled]
+
+
+def collate(
+    rows: Sequence[Row], store: Reader, config: ModelConfig, pad_to: int = 32, *, packed: bool = False
+) -> Batch:
     """Put rows together, reading their embeddings; L becomes one of few multiples of `pad_to`.
 
-    Computes with NumPy alone, so it may run in a thread beside the training step. Raises StoreError.
+    `packed`: sequences as long as the longest row take several rows. Computes with NumPy alone, so it may run in a
+    thread beside the training step. Raises StoreError.
     """
     length = padded(max(map(len, rows)), pad_to, steps=8)
-    ids, source = np.zeros((2, len(rows), length), np.int32)
-    supervised = np.zeros((len(rows), length), np.bool_)
+    sequences = bins(rows, length) if packed else [[row] for row in rows]
+    rows = [row for sequence in sequences for row in sequence]
+    ids, source, segments = np.zeros((3, len(sequences), length), np.int32)
+    supervised = np.zeros((len(sequences), length), np.bool_)
     parts, grid, num_tokens, tables = _slices(rows, store, config)
-    for i, row in enumerate(rows):
-        rendered, n = row.rendered, len(row)
-        ids[i, :n] = rendered.ids
-        source[i, :n] = rendered.source
-        visual = np.flatnonzero(rendered.source >= FIRST_VISUAL)
-        source[i, visual] = FIRST_VISUAL + tables[i][rendered.source[visual] - FIRST_VISUAL]
-        supervised[i, : n - 1] = rendered.supervised[1:]
+    waiting = iter(tables)
+    for i, sequence in enumerate(sequences):
+        start = 0
+        for number, row in enumerate(sequence, 1):
+            rendered, end, table = row.rendered, start + len(row), next(waiting)
+            ids[i, start:end] = rendered.ids
+            segments[i, start:end] = number
+            visual = rendered.source >= FIRST_VISUAL
+            source[i, start:end] = rendered.source
+            source[i, start:end][visual] = FIRST_VISUAL + table[rendered.source[visual] - FIRST_VISUAL]
+            supervised[i, start : end - 1] = rendered.supervised[1:]  # the last position of a row predicts nothing
+            start = end
     targets = np.zeros_like(ids)
     targets[:, :-1] = ids[:, 1:]
     picks = np.flatnonzero(supervised)
     room = padded(len(picks), pad_to, steps=4)
-    # The last position of a row predicts nothing, so the last of all is never supervised.
+    # The last position of all is never supervised.
     picks = np.pad(picks, (0, room - len(picks)), constant_values=supervised.size - 1)
     return Batch(
         ids=mx.array(ids),
@@ -158,6 +155,8 @@ def collate(rows: Sequence[Row], store: Reader, config: ModelConfig, pad_to: int
         num_tokens=num_tokens,
         lengths=tuple(map(len, rows)),
         row_ids=tuple(row.id for row in rows),
+        images=sum(len(row.images) for row in rows),
+        segments=mx.array(segments) if packed else None,
     )
 
 

@@ -235,6 +235,10 @@ class RollingStore:
             raise StoreError(f"{self.path} has no embedding of {name!r}.")
         return self._layouts[name]
 
+    def layouts(self, names: Iterable[str]) -> dict[str, SliceLayout]:
+        """See Store."""
+        return {name: self._layouts[name] for name in names if name in self._layouts}
+
     @property
     def held_names(self) -> tuple[str, ...]:
         """Names of the pictures that may be read at any time."""

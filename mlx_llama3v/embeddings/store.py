@@ -99,6 +99,7 @@ class Reader(Protocol):
     def __len__(self) -> int: ...
     def __contains__(self, name: object) -> bool: ...
     def layout(self, name: str) -> SliceLayout: ...
+    def layouts(self, names: Iterable[str]) -> dict[str, SliceLayout]: ...
     def read(self, name: str) -> Encoded: ...
     def read_batch(self, names: Sequence[str]) -> list[Coded]: ...
     def announce(self, names: Iterable[str]) -> None: ...
@@ -147,6 +148,16 @@ class Store:
         """Slice shapes of one picture; reads nothing. Raises StoreError for an unknown name."""
         shard, i = self._find(name)
         return shard.index.layout(i)
+
+    def layouts(self, names: Iterable[str]) -> dict[str, SliceLayout]:
+        """Slice shapes of those pictures that are here: as `layout`, for very many at once."""
+        names = list(names)
+        positions = self.index.find_names(names)
+        tables = [np.empty((0, 6), np.int32), *(shard.index.tensors["index.layouts"] for shard in self.shards)]
+        kinds, which = np.unique(np.concatenate(tables)[positions[positions >= 0]], axis=0, return_inverse=True)
+        made = [SliceLayout((oh, ow), rows, cols, (th, tw)) for oh, ow, rows, cols, th, tw in kinds.tolist()]
+        here = (name for name, position in zip(names, positions.tolist(), strict=True) if position >= 0)
+        return {name: made[kind] for name, kind in zip(here, which.reshape(-1).tolist(), strict=True)}
 
     def read(self, name: str) -> Encoded:
         """One picture's embeddings, float16 [layout.patches, D]. Safe in several threads at once.

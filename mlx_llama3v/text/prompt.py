@@ -71,7 +71,7 @@ def render(
     DataError for messages that make no row: none at all, an unknown role, pictures outside user turns, an
     empty turn, nothing to train on.
     """
-    _check(messages, layouts, generate=generate, caption=caption)
+    check_messages(messages, len(layouts), generate=generate, caption=caption)
     row = _Row(layouts, tokens, projector)
     if not tokens.layout.markers:
         templated(row, messages, tokens.layout, generate=generate, caption=caption, start=start)
@@ -87,8 +87,8 @@ def render(
     return row.rendered()
 
 
-def describe(rendered: Rendered, tokens: Tokens) -> list[tuple[str, str]]:
-    """A row as (text, kind) spans for people: kind is "prompt", "target", "marker" or "visual".
+def describe(rendered: Rendered, tokens: Tokens) -> list[tuple[str, str, int]]:
+    """A row as (text, kind, number of tokens) spans for people: kind is "prompt", "target", "marker" or "visual".
 
     Runs of visual tokens are collapsed to "<81 visual tokens>", markers are named as in MARKERS.
     """
@@ -108,7 +108,7 @@ def describe(rendered: Rendered, tokens: Tokens) -> list[tuple[str, str]]:
             text = "".join(MARKERS[rendered.source[i] - 1] for i in positions)
         else:
             text = tokens.decode(rendered.ids[positions], special=True)
-        spans.append((text, name))
+        spans.append((text, name, len(positions)))
     return spans
 
 
@@ -200,8 +200,8 @@ def _render_caption(row: _Row, messages: Sequence[Message]) -> None:
             row.add([*row.tokens.encode(message.text.strip()), row.tokens.end_of_text], supervised=True)
 
 
-def _check(messages: Sequence[Message], layouts: Sequence[SliceLayout], *, generate: bool, caption: bool) -> None:
-    """Raise for messages that make no row; see `render`."""
+def check_messages(messages: Sequence[Message], pictures: int, *, generate: bool, caption: bool) -> None:
+    """Raise for messages that make no row of so many pictures; see `render`."""
     if not messages:
         raise DataError("the conversation has no message.")
     for number, message in enumerate(messages, 1):
@@ -210,15 +210,13 @@ def _check(messages: Sequence[Message], layouts: Sequence[SliceLayout], *, gener
         if message.images and message.role != "user":
             raise DataError(f"message {number} ({message.role}) brings a picture; only user turns may.")
         for index in message.images:
-            if not 0 <= index < len(layouts):
-                raise ContextError(
-                    f"message {number} brings picture {index + 1}, but there are {len(layouts)} pictures."
-                )
+            if not 0 <= index < pictures:
+                raise ContextError(f"message {number} brings picture {index + 1}, but there are {pictures} pictures.")
         if not message.text.strip() and not message.images:
             raise DataError(f"message {number} ({message.role}) is empty; expected text.")
-    unused = set(range(len(layouts))) - {index for message in messages for index in message.images}
+    unused = set(range(pictures)) - {index for message in messages for index in message.images}
     if unused:
-        raise ContextError(f"no message brings picture {min(unused) + 1} of {len(layouts)}.")
+        raise ContextError(f"no message brings picture {min(unused) + 1} of {pictures}.")
     answers = sum(message.role == "assistant" for message in messages)
     if generate and messages[-1].role != "user":
         raise ContextError(f"the last message is from {messages[-1].role}; expected a user turn to answer.")

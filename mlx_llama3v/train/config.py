@@ -10,6 +10,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from mlx_llama3v.data.rows import LONG_ROWS
 from mlx_llama3v.errors import RunError
 from mlx_llama3v.lanes import default_lanes
 from mlx_llama3v.platform import device_name
@@ -27,6 +28,9 @@ class Stage:
 STAGES = {stage.name: stage for stage in (Stage("pretrain", "projector", 1e-3), Stage("sft", "decoder", 2e-4))}
 
 
+REPORTERS = ("tensorboard", "wandb")
+
+
 def _knob(default: Any, text: str, low: float = 0, high: float = math.inf, **metadata: Any) -> Any:
     """A field with its help; numbers lie between `low` and `high`."""
     return field(default=default, metadata={"help": text, "low": low, "high": high, **metadata})
@@ -39,14 +43,19 @@ class TrainConfig:
     stage: str = _knob("pretrain", "pretrain: the projector learns; sft: the decoder.", choices=tuple(STAGES))
     iters: int = _knob(0, "Optimizer steps; 0: as many as the epochs need.")
     epochs: int = _knob(1, "Passes over the data, unless --iters is given.", low=1)
-    batch_size: int = _knob(8, "Rows in one forward pass.", low=1)
+    batch_size: int = _knob(8, "Rows in one forward pass, over all ranks; 0: as many as fit the memory.")
     grad_accumulation_steps: int = _knob(1, "Batches whose gradients make one step.", low=1)
+    rows_per_step: int = _knob(0, "Rows of one step, in place of --grad-accumulation-steps: batches are added up.")
     learning_rate: float | None = _knob(None, "Peak learning rate [default: 1e-3 in pretrain, 2e-4 in sft].")
     warmup: float = _knob(0.03, "Share of the steps in which the learning rate rises.", high=1)
     min_learning_rate: float = _knob(0.0, "Where the cosine ends, as a share of the peak.", high=1)
     weight_decay: float = _knob(0.0, "AdamW's decoupled weight decay.")
     clip: float = _knob(1.0, "Largest global norm of the gradient; 0: unlimited.")
-    max_seq_length: int = _knob(2048, "Longer rows are left out and counted.", low=2)
+    max_seq_length: int = _knob(2048, "Tokens of the longest row.", low=2)
+    long_rows: str = _knob(
+        "drop", "Longer rows: left out, cut behind their last picture and answer, or an error.", choices=LONG_ROWS
+    )
+    pack: bool = _knob(False, "Several short rows share one sequence, each seeing only itself.")
     seed: int = _knob(0, "Fixes the data order, the fresh weights and the dropout.")
     tune: str = _knob("lora", "How the decoder learns in stage sft.", choices=("lora", "dora", "full"))
     lora_rank: int = _knob(16, "Rank of the LoRA or DoRA matrices.", low=1)
@@ -54,12 +63,19 @@ class TrainConfig:
     lora_dropout: float = _knob(0.0, "Dropout before the low-rank product.", high=0.95)
     lora_layers: int = _knob(0, "Decoder blocks that learn, counted from the last; 0: all.")
     lora_keys: tuple[str, ...] = _knob((), "Layers of a block that learn (q_proj, ...) [default: all linear].")
+    tune_projector: bool = _knob(False, "In stage sft the projector learns, too.")
+    projector_learning_rate: float = _knob(2e-5, "Its peak learning rate there.")
     val_split: float = _knob(0.0, "Share of the rows that is held out and evaluated.", high=0.95)
     val_rows: int = _knob(256, "Most rows of one evaluation.", low=1)
     steps_per_eval: int = _knob(0, "Steps between evaluations; 0: only at the end.")
     steps_per_report: int = _knob(10, "Steps between reports.", low=1)
     save_every: int = _knob(200, "Steps between checkpoints; 0: none.")
     keep: int = _knob(2, "Checkpoints that are kept.", low=1)
+    on_nan: str = _knob(
+        "stop", "A step that is not a number: end the run, or go on without it.", choices=("stop", "skip")
+    )
+    report_to: tuple[str, ...] = _knob((), "Also report to tensorboard or wandb, which must be installed.")
+    grad_checkpoint: bool = _knob(False, "Compute decoder blocks twice to save memory.")
     lanes: int = _knob(0, "Parts of a batch computed side by side [default: cores of a CPU, 1 on a GPU].")
     compile: bool | None = _knob(
         None, "Compile the training step [default: not on a CPU].", flags=["--compile/--no-compile"]
@@ -74,6 +90,12 @@ class TrainConfig:
             if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
                 limit = f"at least {low}" if high == math.inf else f"between {low} and {high}"
                 raise RunError(f"{item.name} is {value}; expected {limit}.")
+        if strange := [name for name in self.report_to if name not in REPORTERS]:
+            raise RunError(f"report_to is {', '.join(strange)}; expected {' or '.join(REPORTERS)}.")
+        if self.grad_checkpoint and self.lora_dropout:
+            raise RunError("grad_checkpoint computes blocks twice, and lora_dropout would differ; use one of them.")
+        if self.tune_projector and STAGES[self.stage].trains == "projector":
+            raise RunError("tune_projector is for stage sft; stage pretrain trains nothing but the projector.")
 
     def resolved(self) -> TrainConfig:
         """The same with the stage's and the device's own defaults filled in: what the run writes down."""
@@ -82,8 +104,12 @@ class TrainConfig:
         compiled = device_name() != "cpu" if self.compile is None else self.compile
         # Random numbers follow the seed in the caller's own thread alone: dropout keeps to one lane.
         lanes = 1 if compiled or self.lora_dropout else self.lanes or default_lanes(self.batch_size)
-        return replace(self, learning_rate=rate, compile=compiled, lanes=lanes)
+        found = replace(self, learning_rate=rate, compile=compiled, lanes=lanes)
+        if self.rows_per_step and self.batch_size:
+            batch = min(self.batch_size, self.rows_per_step)
+            found = replace(found, batch_size=batch, grad_accumulation_steps=-(-self.rows_per_step // batch))
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**asdict(self), "lora_keys": list(self.lora_keys)}
+        return {**asdict(self), "lora_keys": list(self.lora_keys), "report_to": list(self.report_to)}

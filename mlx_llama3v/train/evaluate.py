@@ -8,26 +8,30 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 
 import mlx.core as mx
 
-from mlx_llama3v.data.batches import Row, build_rows, collate, order
-from mlx_llama3v.data.records import Problem, Record
-from mlx_llama3v.embeddings.store import Reader
+from mlx_llama3v.data.batches import collate, order
+from mlx_llama3v.data.records import Record
+from mlx_llama3v.data.rows import Row, RowLayout, build_rows
+from mlx_llama3v.errors import ContextError, DataError
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.text.prompt import render
-from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.train.loss import loss_sum, weights
 from mlx_llama3v.train.report import Evaluation
+from mlx_llama3v.train.step import all_sum
 
 _EVERY = 1 << 32
 
 
 def hold_out(records: Sequence[Record], share: float) -> tuple[list[Record], list[Record]]:
     """Split into (training, held out) by a hash of the id: the same rows whatever their order or the seed."""
+    if not share:
+        return list(records), []
     parts: tuple[list[Record], list[Record]] = ([], [])
     for record in records:
         value = int.from_bytes(sha256(record.id.encode()).digest()[:4], "big")
@@ -44,21 +48,30 @@ class Evaluator:
     """
 
     def __init__(
-        self, records: Sequence[Record], store: Reader, tokens: Tokens, model: Llama3V, config: TrainConfig
+        self,
+        records: Sequence[Record],
+        layout: RowLayout,
+        model: Llama3V,
+        config: TrainConfig,
+        group: mx.distributed.Group | None = None,
     ) -> None:
-        self._model, self._store, self._config = model, store, config
+        """`group`: ranks that share the work."""
+        self._model, self._layout, self._config = model, layout, config
+        self._group = group or mx.distributed.init()
+        usable, self.problems = build_rows(records, layout)
+        usable = usable[: config.val_rows]
+        self.rows: list[Row] = [*usable]
+        pictured = any(record.images for record in usable.records)
+        self._shuffled = self._rows(shuffled(usable.records)) if pictured else []
+        self._blind = [blind(record, layout) for record in usable.records] if pictured else []
 
-        def rows(records: Sequence[Record]) -> tuple[list[Row], list[Problem]]:
-            projector = model.config.projector_config
-            return build_rows(records, store, tokens, projector, config.max_seq_length, config.stage)
-
-        usable, self.problems = rows(records)
-        self.rows = usable[: config.val_rows]
-        ids = {row.id for row in self.rows}
-        records = [record for record in records if record.id in ids]
-        pictured = any(record.images for record in records)
-        self._shuffled = rows(shuffled(records))[0] if pictured else []
-        self._blind = [blind(record, tokens, model, config) for record in records] if pictured else []
+    def _rows(self, records: Sequence[Record]) -> list[Row]:
+        """Those that other pictures do not make too long."""
+        found = []
+        for record in records:
+            with suppress(DataError, ContextError):
+                found.append(self._layout.row(record))
+        return found
 
     def run(self, step: int) -> Evaluation:
         """Evaluate after `step` steps; the model's mode and random state are as before."""
@@ -71,16 +84,18 @@ class Evaluator:
         return Evaluation(step, right or 0.0, wrong, none)
 
     def _loss(self, rows: Sequence[Row]) -> float | None:
-        """Mean over all targets of `rows`; None without rows."""
-        total, count = 0.0, 0.0
-        for picked in order([len(row) for row in rows], self._config.batch_size, 0, 0):
-            batch = collate([rows[i] for i in picked], self._store, self._model.config, pad_to=4)
-            vectors = self._model.embed(batch.ids, batch.source, batch.patches, batch.grid, batch.num_tokens)
-            loss = loss_sum(self._model, batch.ids, vectors, batch.targets, batch.supervised, batch.picks)
-            targets = weights(batch.supervised, batch.picks).sum()
-            mx.eval(loss, targets)
-            total, count = total + float(loss), count + float(targets)
-        return total / count if count else None
+        """Mean over all targets of `rows`; None without rows. Each rank computes some of the batches."""
+        model, store = self._model, self._layout.store
+        total, count = mx.array(0.0), mx.array(0.0)
+        batches = order([len(row) for row in rows], max(1, self._config.batch_size // self._group.size()), 0, 0)
+        for picked in batches[self._group.rank() :: self._group.size()]:
+            batch = collate([rows[i] for i in picked], store, model.config, pad_to=4)
+            vectors = model.embed(batch.ids, batch.source, batch.patches, batch.grid, batch.num_tokens)
+            loss = loss_sum(model, vectors, batch.targets, batch.supervised, batch.picks, gradient=False)
+            total, count = total + loss, count + weights(batch.supervised, batch.picks).sum()
+            mx.eval(total, count)
+        total, count = all_sum([total, count], self._group)
+        return float(total) / float(count) if float(count) else None
 
 
 def shuffled(records: Sequence[Record]) -> list[Record]:
@@ -97,8 +112,8 @@ def shuffled(records: Sequence[Record]) -> list[Record]:
     return [replace(record, images=next_of(record.images)) for record in records]
 
 
-def blind(record: Record, tokens: Tokens, model: Llama3V, config: TrainConfig) -> Row:
+def blind(record: Record, layout: RowLayout) -> Row:
     """The record without pictures; a turn that was only a picture is left out."""
     messages = [replace(m, images=()) for m in record.messages if m.text.strip()]
-    caption = config.stage == "pretrain" and record.caption
-    return Row(record.id, render(messages, (), tokens, model.config.projector_config, caption=caption), (), ())
+    rendered = render(messages, (), layout.tokens, layout.projector, caption=layout.caption(record))
+    return Row(record.id, rendered, (), ())

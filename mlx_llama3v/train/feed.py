@@ -7,7 +7,8 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from mlx_llama3v.config import ModelConfig
-from mlx_llama3v.data.batches import Batch, Row, collate, order
+from mlx_llama3v.data.batches import Batch, Order, collate
+from mlx_llama3v.data.rows import Row
 from mlx_llama3v.embeddings.store import Reader
 from mlx_llama3v.train.config import TrainConfig
 
@@ -17,29 +18,43 @@ _AHEAD = 2  # batches that are read while a step computes
 class Feed:
     """Batch n of a run is a pure function of the rows, the seed and n; so a position in the data is a number.
 
+    Each rank reads its part of every batch: what is trained does not depend on how many there are.
+
     Attributes:
         steps: optimizer steps of the whole run.
         total: batches of the whole run.
         per_epoch: batches of one pass over the rows.
     """
 
-    def __init__(self, rows: Sequence[Row], store: Reader, model: ModelConfig, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        store: Reader,
+        model: ModelConfig,
+        config: TrainConfig,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
         self._rows, self._store, self._model, self._config = rows, store, model, config
         # A compiled step wants few shapes; without, what pads least is best.
         self._pad_to = 32 if config.compile else 4
-        self._lanes = max(1, config.lanes)
+        self._rank, self._ranks, self._lanes = rank, ranks, max(1, config.lanes)
         self._accumulate = config.grad_accumulation_steps
         self.per_epoch = -(-len(rows) // config.batch_size)
         self.total = config.iters * self._accumulate or config.epochs * self.per_epoch
         self.steps = -(-self.total // self._accumulate)
-        self._epoch, self._batches = -1, list[list[int]]()
+        self._epoch, self._order = -1, Order(0, 1, 0, 0)
+        self._window = -1
+        self._made: dict[int, Row] = {}
+        self._batches: list[list[int]] = []
 
     def first(self, step: int) -> int:
         """The first batch of `step`; the last step may have fewer batches than the others."""
         return min(step * self._accumulate, self.total)
 
     def batches(self, step: int) -> Generator[list[Batch], None, None]:
-        """All batches from `step` on, each in `config.lanes` parts; close it when done, a thread reads ahead.
+        """This rank's part of all batches from `step` on, each in `config.lanes` parts, or none where there are more
+        ranks than rows. Close it when done, a thread reads ahead.
 
         Raises StoreError.
         """
@@ -49,7 +64,7 @@ class Feed:
         pool = ThreadPoolExecutor(1, "batches")
         try:
             for number in numbers:
-                waiting.append(pool.submit(self._collate, number, self._pick(number)))
+                waiting.append(pool.submit(self._collate, number))
                 if len(waiting) > _AHEAD:
                     yield waiting.popleft().result()
             while waiting:
@@ -57,16 +72,29 @@ class Feed:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _collate(self, number: int, rows: list[Row]) -> list[Batch]:
+    def _collate(self, number: int) -> list[Batch]:
         """The parts have like lengths: the rows of a batch are sorted, and dealt in turn."""
+        rows = self._pick(number)
         self._store.begin(number)
         parts = [rows[lane :: self._lanes] for lane in range(self._lanes)]
-        return [collate(part, self._store, self._model, self._pad_to) for part in parts if part]
+        packed, pad_to = self._config.pack, self._pad_to
+        return [collate(part, self._store, self._model, pad_to, packed=packed) for part in parts if part]
 
     def _pick(self, number: int) -> list[Row]:
+        """This rank's rows of a batch. Rows are laid out once an epoch: those of a window when its turn comes."""
         epoch, place = divmod(number, self.per_epoch)
         if epoch != self._epoch:
-            lengths = [len(row) for row in self._rows]
-            self._batches = order(lengths, self._config.batch_size, self._config.seed, epoch)
-            self._epoch = epoch
-        return [self._rows[i] for i in self._batches[place]]
+            config = self._config
+            lengths = None if config.pack else self._lengths
+            self._order = Order(len(self._rows), config.batch_size, config.seed, epoch, lengths)
+            self._epoch, self._window = epoch, -1
+        window, place = divmod(place, self._order.per_window)
+        if window != self._window:
+            self._made = {}
+            self._batches, self._window = self._order.window(window), window
+        mine = self._batches[place][self._rank :: self._ranks]
+        return [self._made[i] if i in self._made else self._rows[i] for i in mine]
+
+    def _lengths(self, rows: Sequence[int]) -> list[int]:
+        self._made = {i: self._rows[i] for i in rows}
+        return [len(self._made[i]) for i in rows]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import mlx.core as mx
@@ -31,6 +33,15 @@ class Trainable:
     total: int
     adapter_config: dict[str, Any] | None
 
+    @property
+    def parts(self) -> list[str]:
+        """What learns, in words, with how many numbers."""
+        sizes: dict[str, int] = defaultdict(int)
+        for name, shape in self.shapes.items():
+            kind = (self.adapter_config or {}).get("fine_tune_type", "")
+            sizes["projector" if name.startswith("projector.") else f"decoder, {kind}"] += prod(shape)
+        return [f"{name} {size:,}" for name, size in sorted(sizes.items())]
+
 
 def prepare(model: Llama3V, config: TrainConfig) -> Trainable:
     """Freeze `model` but for what `config` trains, adding LoRA or DoRA layers to the decoder where asked.
@@ -49,6 +60,8 @@ def prepare(model: Llama3V, config: TrainConfig) -> Trainable:
         adapters = {"fine_tune_type": "full", "num_layers": len(model.layers)}
     else:
         adapters = _add_layers(model, config)
+    if config.tune_projector:
+        model.projector.unfreeze()
     model.update(tree_map(lambda value: value.astype(mx.float32), model.trainable_parameters()))
     learns = dict(tree_flatten(model.trainable_parameters()))
     return Trainable(

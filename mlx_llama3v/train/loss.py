@@ -1,8 +1,9 @@
-"""Cross entropy as a sum and a count, over the supervised positions only.
+"""Cross entropy as a sum and a count, over the supervised positions only, a chunk of them at a time.
 
 Only positions that have a target reach the head: for 1024 positions with 128 answer tokens, and Llama-3's
 128256 ids, that is 66 MB of float32 logits in place of 525. The collator picks them (`Batch.picks`), padded
-to one of few sizes so that a step compiles; what was padded weighs nothing.
+to one of few sizes so that a step compiles; what was padded weighs nothing. Of those, so many go through the head
+at once that their logits take CHUNK_BYTES; no chunk's logits are kept for the backward pass.
 
 A sum is returned, never a mean: micro-batches add up, and one division at the end gives every token the same
 weight, wherever it stood.
@@ -10,24 +11,48 @@ weight, wherever it stood.
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_llama3v.model import Llama3V
 
+CHUNK_BYTES = 32 << 20
+
 
 def loss_sum(
-    model: Llama3V, ids: mx.array, vectors: mx.array, targets: mx.array, supervised: mx.array, picks: mx.array
+    model: Llama3V,
+    vectors: mx.array,
+    targets: mx.array,
+    supervised: mx.array,
+    picks: mx.array,
+    segments: mx.array | None = None,
+    *,
+    recompute: bool = False,
+    gradient: bool = True,
 ) -> mx.array:
     """Summed cross entropy (nats) of the supervised positions of one batch, a float32 scalar.
 
-    ids, targets [B, L] int32, supervised [B, L] bool and picks [N] int32 are a Batch's; vectors [B, L, D]
-    stand for the ids in the decoder.
+    targets [B, L] int32, supervised [B, L] bool, picks [N] int32 and segments [B, L] int32 are a Batch's; vectors
+    [B, L, D] stand for the ids in the decoder. `recompute`: see Llama3V.train_hidden. Without `gradient` only the
+    value is right, and cheaper.
     """
-    states = model.hidden(ids, input_embeddings=vectors)
-    logits = model.logits(_pick(states.reshape(-1, states.shape[-1]), picks))
-    losses = nn.losses.cross_entropy(logits.astype(mx.float32), _pick(targets.reshape(-1), picks))
-    return (losses * weights(supervised, picks)).sum()
+    states = model.train_hidden(vectors, segments, recompute=recompute)
+    states, wanted = _pick(states.reshape(-1, states.shape[-1]), picks), _pick(targets.reshape(-1), picks)
+    weight = weights(supervised, picks)
+    rows = max(1, CHUNK_BYTES // (4 * model.vocab_size))
+    total = mx.array(0.0)
+    for start in range(0, len(picks), rows):
+        chunk = tuple(part[start : start + rows] for part in (states, wanted, weight))
+        if not gradient:
+            total = total + _cross_entropy(model, *chunk)
+        elif _head_learns(model):
+            total = total + _recomputed(model, *chunk)
+        else:
+            total = total + _with_gradient(model, *chunk)
+    return total
 
 
 def weights(supervised: mx.array, picks: mx.array) -> mx.array:
@@ -37,3 +62,35 @@ def weights(supervised: mx.array, picks: mx.array) -> mx.array:
 
 def _pick(values: mx.array, picks: mx.array) -> mx.array:
     return mx.take(values, picks, axis=0)
+
+
+def _cross_entropy(model: Llama3V, states: mx.array, targets: mx.array, weight: mx.array) -> mx.array:
+    """states [n, D], targets and weight [n] -> the weighted sum, float32."""
+    losses = nn.losses.cross_entropy(model.logits(states).astype(mx.float32), targets)
+    return (losses * weight).sum()
+
+
+def _with_gradient(model: Llama3V, states: mx.array, targets: mx.array, weight: mx.array) -> mx.array:
+    """The same where the head is frozen: the gradient is made beside the value, so nothing is computed twice.
+
+    The second term is zero, and its gradient for `states` is what was found.
+    """
+    fixed = mx.stop_gradient(states)
+    value, gradient = mx.value_and_grad(lambda x: _cross_entropy(model, x, targets, weight))(fixed)
+    return mx.stop_gradient(value) + ((states - fixed) * mx.stop_gradient(gradient)).astype(mx.float32).sum()
+
+
+def _recomputed(model: Llama3V, states: mx.array, targets: mx.array, weight: mx.array) -> mx.array:
+    """The same where the head learns: its logits are computed again in the backward pass."""
+    head = model.head
+
+    @mx.checkpoint
+    def call(parameters: Any, states: mx.array) -> mx.array:
+        head.update(parameters)
+        return _cross_entropy(model, states, targets, weight)
+
+    return call(head.trainable_parameters(), states)
+
+
+def _head_learns(model: Llama3V) -> bool:
+    return bool(tree_flatten(model.head.trainable_parameters()))

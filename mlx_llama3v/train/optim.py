@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import mlx.core as mx
-from mlx.optimizers import AdamW
+from mlx.optimizers import AdamW, MultiOptimizer, Optimizer
 from mlx.utils import tree_flatten, tree_map
 
 
@@ -22,19 +22,39 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.0, floor
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def adamw(weight_decay: float) -> AdamW:
-    """AdamW with the usual bias correction (MLX leaves it out by default); the rate is set at every step."""
-    return AdamW(learning_rate=0.0, betas=[0.9, 0.999], eps=1e-8, weight_decay=weight_decay, bias_correction=True)
+def adamw(weight_decay: float, *, two_rates: bool = False) -> Optimizer:
+    """AdamW with the usual bias correction (MLX leaves it out by default); `set_rates` before every step.
 
-
-def mean_and_clip(gradients: Any, count: mx.array, limit: float) -> tuple[Any, mx.array]:
-    """Summed gradients -> (mean over `count`, clipped; global norm of the mean before it was clipped).
-
-    One factor does both, so that the gradients are read once. `limit` 0 leaves the norm as it is.
+    `two_rates`: the projector has a learning rate of its own.
     """
+
+    def one() -> AdamW:
+        return AdamW(learning_rate=0.0, betas=[0.9, 0.999], eps=1e-8, weight_decay=weight_decay, bias_correction=True)
+
+    return MultiOptimizer([one(), one()], [lambda name, _: name.startswith("projector.")]) if two_rates else one()
+
+
+def set_rates(optimizer: Optimizer, rate: float, projector: float) -> None:
+    """Learning rates of the next step; that of the projector counts where it has its own."""
+    if isinstance(optimizer, MultiOptimizer):
+        for one, value in zip(optimizer.optimizers, (projector, rate), strict=True):
+            one.learning_rate = value
+    else:
+        optimizer.learning_rate = rate  # type: ignore[assignment]
+
+
+def mean_norm(gradients: Any, count: mx.array) -> mx.array:
+    """Global norm of summed gradients after division by `count`."""
     squares = [mx.square(g).sum() for g in dict(tree_flatten(gradients)).values()]
-    norm = mx.sqrt(mx.stack(squares).sum()) / count
+    return mx.sqrt(mx.stack(squares).sum()) / count
+
+
+def mean_and_clip(gradients: Any, count: mx.array, norm: mx.array, limit: float) -> Any:
+    """Summed gradients -> mean over `count`, clipped to the global norm `limit` (0: not); `norm` is `mean_norm`.
+
+    One factor does both, so that the gradients are read once.
+    """
     factor = 1 / count
     if limit > 0:
         factor = factor * mx.minimum(1.0, limit / (norm + 1e-6))
-    return tree_map(lambda g: g * factor, gradients), norm
+    return tree_map(lambda g: g * factor, gradients)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_llama3v.data.batches import Batch
 from mlx_llama3v.data.records import Problem
+from mlx_llama3v.tensors import write_text
 from mlx_llama3v.train.lora import Trainable
 
 METRICS = "metrics.jsonl"
@@ -28,11 +31,15 @@ class Start:
     rows: int
     held_out: int  # rows kept for evaluation
     problems: tuple[Problem, ...]  # rows left out, and why
-    longest: int  # tokens of the longest row
+    longest: int  # no row has more tokens
+    shortened: tuple[Problem, ...]  # rows that are cut (`long_rows`)
+    batch_size: int  # rows
+    batches_per_step: int
     steps: int
     done: int  # steps done before, of a resumed run
     trainable: Trainable
-    sample: tuple[tuple[str, str], ...]  # the first row as (text, kind) spans, see text.prompt.describe
+    memory: int  # bytes that a step is reckoned to hold, see plan.py
+    sample: tuple[tuple[str, str, int], ...]  # the first row as (text, kind, tokens) spans, see text.prompt.describe
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,19 @@ class Progress:
     tokens: int  # targets
     rows_per_second: float
     tokens_per_second: float  # positions of rows, without padding
+    images_per_second: float
     padding: float  # share of the positions
+    peak_memory: int  # bytes that MLX held at most since the start
     seconds: float  # since the start of the run, evaluations and interruptions left out
+    skipped: int = 0  # steps without an update, see Skipped
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A step that changed nothing: its loss or gradient was no number (`on_nan` skip)."""
+
+    step: int
+    skipped_rows: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -64,6 +82,17 @@ class Evaluation:
     eval_shuffled: float | None = None
     eval_blind: float | None = None
 
+    @property
+    def gap(self) -> float | None:
+        """By how much the loss grows without the right pictures, at least; None where rows have none."""
+        others = [loss for loss in (self.eval_shuffled, self.eval_blind) if loss is not None]
+        return min(others) - self.eval_loss if others else None
+
+    @property
+    def looks(self) -> bool:
+        """Whether the pictures are used: the gap is more than a hundredth of the loss."""
+        return self.gap is None or self.gap > 0.01 * self.eval_loss
+
 
 @dataclass(frozen=True)
 class Callbacks:
@@ -72,6 +101,8 @@ class Callbacks:
     started: Callable[[Start], None] | None = None
     progress: Callable[[Progress], None] | None = None
     evaluated: Callable[[Evaluation], None] | None = None
+    skipped: Callable[[Skipped], None] | None = None
+    stop: Callable[[], bool] | None = None  # asked after every step; True: save a checkpoint and return
 
 
 @dataclass
@@ -82,7 +113,9 @@ class Window:
     tokens: float = 0.0
     norm: float = 0.0
     steps: float = 0.0
+    skipped: float = 0.0
     rows: float = 0.0
+    images: float = 0.0
     positions: float = 0.0
     padded: float = 0.0
     seconds: float = 0.0  # of this stretch
@@ -91,16 +124,25 @@ class Window:
     def see(self, batch: Batch) -> None:
         """Count the rows of a batch."""
         self.rows += len(batch.lengths)
+        self.images += batch.images
         self.positions += sum(batch.lengths)
         self.padded += batch.ids.size
 
-    def add(self, loss: float, tokens: float, norm: float, seconds: float) -> None:
-        """Count a step: its summed loss over so many targets."""
+    def counts(self) -> tuple[float, float, float, float]:
+        """What `see` counted, to be added up over the ranks."""
+        return self.rows, self.images, self.positions, self.padded
+
+    def add(self, loss: float, tokens: float, norm: float, counts: Sequence[float], seconds: float) -> None:
+        """Count a step: its summed loss over so many targets, and the `counts` of its batches."""
         self.loss += loss
         self.tokens += tokens
         self.norm += norm
         self.seconds += seconds
         self.steps += 1
+        self.rows += counts[0]
+        self.images += counts[1]
+        self.positions += counts[2]
+        self.padded += counts[3]
 
     def report(self, step: int, steps: int, epoch: float, learning_rate: float) -> Progress:
         """The report of this stretch, which ends at `step` of `steps`."""
@@ -115,8 +157,11 @@ class Window:
             tokens=int(self.tokens),
             rows_per_second=self.rows / seconds,
             tokens_per_second=self.positions / seconds,
+            images_per_second=self.images / seconds,
             padding=1 - self.positions / max(self.padded, 1),
+            peak_memory=mx.get_peak_memory(),
             seconds=self.before + self.seconds,
+            skipped=int(self.skipped),
         )
 
 
@@ -126,18 +171,22 @@ class Metrics:
 
     path: Path
     lines: list[dict[str, Any]] = field(default_factory=list)
+    write: bool = True
 
     @classmethod
-    def open(cls, path: Path, done: int) -> Metrics:
+    def open(cls, path: Path, done: int, *, write: bool = True) -> Metrics:
         """Keep what was written up to step `done`; a line cut short by a kill is dropped."""
         lines = [line for line in _read(path) if line["step"] <= done] if done else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        return cls(path, lines)
+        if write:
+            write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        return cls(path, lines, write)
 
-    def add(self, event: Progress | Evaluation) -> None:
+    def add(self, event: Progress | Evaluation | Skipped) -> None:
         """Append one line."""
         line = {key: value for key, value in asdict(event).items() if value is not None}
         self.lines.append(line)
+        if not self.write:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -158,13 +207,7 @@ def plot(metrics: Metrics, path: Path, title: str) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    names = {
-        "loss": "training",
-        "eval_loss": "held out",
-        "eval_shuffled": "wrong pictures",
-        "eval_blind": "no pictures",
-    }
-    for key, label in names.items():
+    for key, label in _CURVES.items():
         points = [(line["step"], line[key]) for line in metrics.lines if key in line]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 30 else "", linewidth=1.5)

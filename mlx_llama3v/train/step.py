@@ -6,20 +6,22 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.optimizers import Optimizer
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_llama3v.data.batches import Batch
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.train.loss import loss_sum, weights
-from mlx_llama3v.train.optim import mean_and_clip
+from mlx_llama3v.train.optim import mean_and_clip, mean_norm, set_rates
 
 
 class Step:
     """Gradient and update of what `model` has unfrozen."""
 
-    def __init__(self, model: Llama3V, optimizer: Optimizer, clip: float = 0.0, compiled: bool = True) -> None:
+    def __init__(
+        self, model: Llama3V, optimizer: Optimizer, clip: float = 0.0, compiled: bool = True, recompute: bool = False
+    ) -> None:
         """`clip`: the largest global norm, 0 for none. The optimizer must be initialised."""
-        self._model, self._optimizer, self._clip = model, optimizer, clip
+        self._model, self._optimizer, self._clip, self._recompute = model, optimizer, clip, recompute
         names = dict(tree_flatten(model.trainable_parameters()))
         self._inputs_learn = any(n.startswith("projector.") or "embed_tokens" in n for n in names)
         self._gradients, self._apply = self._sum_gradients, self._update
@@ -32,43 +34,64 @@ class Step:
         """Lazy (summed loss, number of targets, summed gradients) of one batch."""
         return self._gradients(*arrays(batch))
 
-    def update(self, gradients: Any, count: mx.array, learning_rate: float) -> mx.array:
-        """One optimizer step with gradients summed over `count` targets; the norm of their mean (lazy)."""
-        self._optimizer.learning_rate = learning_rate  # type: ignore[assignment]
-        return self._apply(gradients, count)
+    def nothing(self) -> tuple[mx.array, mx.array, Any]:
+        """What a rank without rows adds."""
+        return mx.array(0.0), mx.array(0.0), tree_map(mx.zeros_like, self._model.trainable_parameters())
+
+    def norm(self, gradients: Any, count: mx.array) -> mx.array:
+        """Global norm (lazy) of gradients summed over `count` targets, of their mean."""
+        return mean_norm(gradients, count)
+
+    def update(self, gradients: Any, count: mx.array, norm: mx.array, rate: float, projector_rate: float = 0.0) -> None:
+        """One optimizer step (lazy) with gradients summed over `count` targets, whose mean has that norm."""
+        set_rates(self._optimizer, rate, projector_rate)
+        self._apply(gradients, count, norm)
 
     def _sum_gradients(
-        self, ids: mx.array, targets: mx.array, supervised: mx.array, picks: mx.array, *inputs: Any
+        self, targets: mx.array, supervised: mx.array, picks: mx.array, segments: mx.array | None, *inputs: Any
     ) -> tuple[mx.array, mx.array, Any]:
         model = self._model
         learned = model.trainable_parameters()
         # Frozen inputs are made outside the transformation: no gradient can flow there, and fused attention,
         # which MLX gives up inside one, stays.
-        frozen = None if self._inputs_learn else model.embed(ids, *inputs)
+        frozen = None if self._inputs_learn else model.embed(*inputs)
 
         def loss(parameters: Any) -> mx.array:
             model.update(parameters)
-            vectors = model.embed(ids, *inputs) if frozen is None else frozen
-            return loss_sum(model, ids, vectors, targets, supervised, picks)
+            vectors = model.embed(*inputs) if frozen is None else frozen
+            return loss_sum(model, vectors, targets, supervised, picks, segments, recompute=self._recompute)
 
         value, gradients = mx.value_and_grad(loss)(learned)
         model.update(learned)  # the transformation left its own placeholders there
         return value, weights(supervised, picks).sum(), gradients
 
-    def _update(self, gradients: Any, count: mx.array) -> mx.array:
-        gradients, norm = mean_and_clip(gradients, count, self._clip)
-        self._optimizer.update(self._model, gradients)
+    def _update(self, gradients: Any, count: mx.array, norm: mx.array) -> mx.array:
+        self._optimizer.update(self._model, mean_and_clip(gradients, count, norm, self._clip))
         return norm
 
 
 def arrays(batch: Batch) -> tuple[Any, ...]:
     """What a step takes of a batch, in order; a compiled function takes no dataclass."""
     return (
-        *(batch.ids, batch.targets, batch.supervised, batch.picks),
-        *(batch.source, batch.patches, batch.grid, batch.num_tokens),
+        *(batch.targets, batch.supervised, batch.picks, batch.segments),
+        *(batch.ids, batch.source, batch.patches, batch.grid, batch.num_tokens),
     )
 
 
 def add(left: Any, right: Any) -> Any:
     """Sum of two gradient trees."""
     return tree_map(mx.add, left, right)
+
+
+def all_sum(tree: Any, group: mx.distributed.Group) -> Any:
+    """Sum of the trees of all ranks: one message. On the CPU: a GPU must not wait for a slow neighbour."""
+    if group.size() == 1:
+        return tree
+    flat: dict[str, mx.array] = dict(tree_flatten(tree))
+    joined = mx.concatenate([value.astype(mx.float32).reshape(-1) for value in flat.values()])
+    joined = mx.distributed.all_sum(joined, group=group, stream=mx.cpu)
+    parts, start = list[tuple[str, mx.array]](), 0
+    for name, value in flat.items():
+        parts.append((name, joined[start : start + value.size].reshape(value.shape)))
+        start += value.size
+    return tree_unflatten(parts)

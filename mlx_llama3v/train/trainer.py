@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
 from itertools import chain, islice
@@ -20,9 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_llama3v.data.batches import Batch, build_rows
+from mlx_llama3v import plan
+from mlx_llama3v.data.batches import Batch
 from mlx_llama3v.data.records import Problem, Record
+from mlx_llama3v.data.rows import RowLayout, build_rows
+from mlx_llama3v.embeddings.lock import Lock
 from mlx_llama3v.embeddings.store import Reader
 from mlx_llama3v.errors import DataError, RunError
 from mlx_llama3v.lanes import Lanes, lanes
@@ -36,12 +40,14 @@ from mlx_llama3v.train.config import STAGES, TrainConfig
 from mlx_llama3v.train.evaluate import Evaluator, hold_out
 from mlx_llama3v.train.feed import Feed
 from mlx_llama3v.train.lora import Trainable, adapter_weights, prepare
+from mlx_llama3v.train.memory import training_job
 from mlx_llama3v.train.optim import adamw, learning_rate
-from mlx_llama3v.train.report import METRICS, Callbacks, Evaluation, Metrics, Progress, Start, Window, plot
-from mlx_llama3v.train.step import Step, add
+from mlx_llama3v.train.report import METRICS, Callbacks, Evaluation, Metrics, Progress, Skipped, Start, Window, plot
+from mlx_llama3v.train.sinks import Sinks
+from mlx_llama3v.train.step import Step, add, all_sum
 
 # What may differ between a run and its resumption: the result does not depend on it.
-_FREE = ("save_every", "keep", "steps_per_report", "steps_per_eval", "val_rows")
+_FREE = ("save_every", "keep", "steps_per_report", "steps_per_eval", "val_rows", "on_nan", "report_to")
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class TrainResult:
     last: Progress | None  # None where nothing was left to do
     evaluation: Evaluation | None
     seconds: float
+    stopped: int | None = None  # after which step, where `Callbacks.stop` asked for it
 
 
 def train(
@@ -69,6 +76,7 @@ def train(
     resume: bool = False,
     callbacks: Callbacks | None = None,
     notes: Mapping[str, Any] | None = None,
+    dry_run: bool = False,
 ) -> TrainResult:
     """Train one stage of `model` (in place) on the stored pictures of `records`, and write a run directory.
 
@@ -78,6 +86,10 @@ def train(
             and checkpoints on the way. Refused where it holds a run, unless `resume`.
         resume: go on from the newest checkpoint, or from the start where there is none.
         notes: JSON-ready facts for config.json that only the caller knows (paths).
+        dry_run: check everything, tell `callbacks.started`, and write nothing.
+
+    Under `mlx.launch` every rank calls this with the same arguments, reads its part of each batch, and ends with the
+    same weights; the first one writes. A resumed run may have another number of ranks.
 
     Raises:
         DataError: no record can be trained on.
@@ -85,7 +97,14 @@ def train(
         StoreError: embeddings that do not fit the model, a damaged shard.
     """
     run = _Run(config.resolved(), model, tokens, store, records, Path(run_dir), callbacks or Callbacks())
-    return run.go(resume, notes or {})
+    if dry_run:
+        return run.dry(resume)
+    lock = Lock(Path(run_dir)) if run.first else None  # two trainings into one directory would mix their checkpoints
+    try:
+        return run.go(resume, notes or {})
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 class _Run:
@@ -101,21 +120,33 @@ class _Run:
         path: Path,
         callbacks: Callbacks,
     ) -> None:
-        self.config, self.model, self.store, self.path, self.callbacks = config, model, store, path, callbacks
+        self.model, self.store, self.path, self.callbacks = model, store, path, callbacks
+        self.group = mx.distributed.init()
+        self.first = self.group.rank() == 0
         used, held_out = hold_out(records, config.val_split)
-        self.rows, problems = build_rows(
-            used, store, tokens, model.config.projector_config, config.max_seq_length, config.stage
+        layout = RowLayout(
+            store, tokens, model.config.projector_config, config.stage, config.max_seq_length, config.long_rows
         )
-        if not self.rows:
+        self.rows, problems = build_rows(used, layout)
+        if not len(self.rows):
             why = f"the first: {problems[0]}" if problems else "there is none"
             raise DataError(f"none of {len(used)} records can be trained on; {why}.")
-        self.evaluator = Evaluator(held_out, store, tokens, model, config)
+        self.config = config = fitted(config, model, int(self.rows.bounds.max()))
+        self.evaluator = Evaluator(held_out, layout, model, config, self.group)
         self.problems = (*problems, *self.evaluator.problems)
-        self.feed = Feed(self.rows, store, model.config, config)
+        self.feed = Feed(self.rows, store, model.config, config, self.group.rank(), self.group.size())
         self.sample = tuple(describe(self.rows[0].rendered, tokens))
+        self.tokens = tokens
         self.window = Window()
         self.last: Progress | None = None
         self.evaluation: Evaluation | None = None
+
+    def dry(self, resume: bool) -> TrainResult:
+        """Everything up to the first step, but nothing is written."""
+        checkpoint = self._checkpoint(resume)
+        self.trainable = prepare(self.model, self.config)
+        self._tell(checkpointing.read_state(checkpoint).step if checkpoint else 0)
+        return self._result(None)
 
     def go(self, resume: bool, notes: Mapping[str, Any]) -> TrainResult:
         """Prepare, restore, train, write."""
@@ -123,21 +154,35 @@ class _Run:
         self.settings = self._settings()
         mx.random.seed(self.config.seed)
         self.trainable = prepare(self.model, self.config)
-        self.optimizer = adamw(self.config.weight_decay)
+        self.optimizer = adamw(self.config.weight_decay, two_rates=self.config.tune_projector)
         self.optimizer.init(self.model.trainable_parameters())
         mx.eval(self.model.parameters(), self.optimizer.state)
         done = self._restore(checkpoint) if checkpoint else 0
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.path / "config.json", json.dumps(self._describe(notes), indent=2) + "\n")
-        self.metrics = Metrics.open(self.path / METRICS, done)
-        if self.callbacks.started:
-            self.callbacks.started(self._start(done))
+        if self.first:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.path / "config.json", json.dumps(self._describe(notes), indent=2) + "\n")
+        self.metrics = Metrics.open(self.path / METRICS, done, write=self.first)
+        self._tell(done)
         self.model.train()
-        with closing(self.feed.batches(done)) as batches, lanes(self.config.lanes) as made:
-            self._loop(done, batches, made)
+        with (
+            closing(self.feed.batches(done)) as batches,
+            lanes(self.config.lanes) as side,
+            closing(Sinks(self.config.report_to if self.first else (), self.path, self.config.to_dict())) as sinks,
+        ):
+            self.sinks = sinks
+            stopped = self._loop(done, batches, side)
         self.model.eval()
-        self._write_weights()
-        plot(self.metrics, self.path / "loss.png", f"{self.config.stage}: {self.trainable.count:,} parameters")
+        if stopped is None and self.first:
+            self._write_weights()
+        self._plot()
+        mx.eval(all_sum([mx.array(0.0)], self.group))  # launchers end the others with the first that ends: wait
+        return self._result(stopped)
+
+    def _tell(self, done: int) -> None:
+        if self.callbacks.started and self.first:
+            self.callbacks.started(self._start(done))
+
+    def _result(self, stopped: int | None) -> TrainResult:
         return TrainResult(
             run_dir=self.path,
             steps=self.feed.steps,
@@ -147,6 +192,7 @@ class _Run:
             last=self.last,
             evaluation=self.evaluation,
             seconds=self.window.before,
+            stopped=stopped,
         )
 
     def _checkpoint(self, resume: bool) -> Path | None:
@@ -168,9 +214,11 @@ class _Run:
         """All that the result depends on and that a resumed run could get wrong."""
         settings = {key: value for key, value in self.config.to_dict().items() if key not in _FREE}
         rows = sha256()
-        for row in self.rows:
-            rows.update("\0".join((row.id, *row.images, "")).encode() + row.rendered.ids.tobytes())
+        for record in self.rows.records:
+            said = [(message.role, message.text, message.images) for message in record.messages]
+            rows.update(repr((record.id, record.images, said)).encode("utf-8", "surrogatepass"))
         settings["rows"] = rows.hexdigest()
+        settings["tokenizer"] = sha256((self.tokens.to_json() + repr(self.tokens.layout)).encode()).hexdigest()
         settings["embeddings"], settings["codec"] = self.store.manifest.digest, self.store.codec.name
         if STAGES[self.config.stage].trains == "decoder":  # frozen, so no checkpoint brings it back
             settings["projector"] = digest(parameters(self.model.projector))
@@ -199,65 +247,128 @@ class _Run:
             rows=len(self.rows),
             held_out=len(self.evaluator.rows),
             problems=self.problems,
-            longest=max(map(len, self.rows)),
+            longest=int(self.rows.bounds.max()),
+            shortened=self.rows.shortened,
+            batch_size=self.config.batch_size,
+            batches_per_step=self.config.grad_accumulation_steps,
+            memory=plan.training_memory(
+                training_job(self.model, self.config, int(self.rows.bounds.max()), self.trainable.count),
+            ).total,
             steps=self.feed.steps,
             done=done,
             trainable=self.trainable,
             sample=self.sample,
         )
 
-    def _loop(self, done: int, batches: Iterator[list[Batch]], side: Lanes) -> None:
+    def _loop(self, done: int, batches: Iterator[list[Batch]], side: Lanes) -> int | None:
+        """All steps that are left; the step after which the run was asked to stop, None where it was not."""
         config, steps = self.config, self.feed.steps
-        step = Step(self.model, self.optimizer, config.clip, bool(config.compile))
+        step = Step(self.model, self.optimizer, config.clip, bool(config.compile), config.grad_checkpoint)
         mx.eval(self.model.state, self.optimizer.state)  # lanes take no work of another thread over
         for number in range(done, steps):
-            rate = learning_rate(number, steps, config.learning_rate or 0.0, config.warmup, config.min_learning_rate)
-            self._step(step, number, batches, side, rate)
+            stop = self._step(step, number, batches, side)
             now, last = number + 1, number + 1 == steps
             if last or now % config.steps_per_report == 0:
-                self._report(now, rate)
+                self._report(now)
             if self.evaluator.rows and (last or (config.steps_per_eval and now % config.steps_per_eval == 0)):
                 self._evaluate(now)
-            if config.save_every and (last or now % config.save_every == 0):
+            if (config.save_every and (last or now % config.save_every == 0)) or (stop and not last):
                 self._save(now)
+            if stop and not last:
+                return now
+        return None
 
-    def _step(self, step: Step, number: int, batches: Iterator[list[Batch]], side: Lanes, rate: float) -> None:
-        """One optimizer step over its batches: a sum of gradients, divided once by the number of targets."""
-        window, started = self.window, time.perf_counter()
+    def _rate(self, number: int, peak: float) -> float:
+        return learning_rate(number, self.feed.steps, peak, self.config.warmup, self.config.min_learning_rate)
+
+    def _step(self, step: Step, number: int, batches: Iterator[list[Batch]], side: Lanes) -> bool:
+        """One optimizer step over its batches: a sum of gradients, divided once by the number of targets.
+
+        Whether any rank was asked to stop.
+        """
+        started = time.perf_counter()
+        total, seen, own = self._sum(step, number, batches, side)
+        stop = bool(self.callbacks.stop and self.callbacks.stop())
+        loss, count, gradients, counts = all_sum((*total, mx.array([*own.counts(), float(stop)])), self.group)
+        norm = step.norm(gradients, count)
+        mx.eval(loss, count, norm, gradients, counts)
+        *sums, stops = np.array(counts).tolist()
+        if math.isfinite(float(loss)) and math.isfinite(float(norm)):
+            config = self.config
+            rates = (
+                self._rate(number, config.learning_rate or 0.0),
+                self._rate(number, config.projector_learning_rate),
+            )
+            step.update(gradients, count, norm, *rates)
+            del gradients, total
+            mx.eval(self.model.state, self.optimizer.state)
+            self.window.add(float(loss), float(count), float(norm), sums, time.perf_counter() - started)
+        else:
+            self._not_a_number(number, float(loss) / max(1.0, float(count)), float(norm), seen)
+        return stops > 0
+
+    def _sum(
+        self, step: Step, number: int, batches: Iterator[list[Batch]], side: Lanes
+    ) -> tuple[Any, list[tuple[mx.array, tuple[str, ...]]], Window]:
+        """This rank's (loss, targets, gradients) of a step, every part's loss with its rows, and what they count."""
         total: Any = None
         seen: list[tuple[mx.array, tuple[str, ...]]] = []
+        own = Window()
         for parts in islice(batches, self.feed.first(number + 1) - self.feed.first(number)):
             for part, running in [(part, side.start(partial(step.gradients, part))) for part in parts]:
                 found = running.result()
                 total = found if total is None else add(total, found)
                 seen.append((found[0], part.row_ids))
-                window.see(part)
-        loss, count, gradients = total
-        norm = step.update(gradients, count, rate)
-        mx.eval(self.model.state, self.optimizer.state, loss, count, norm)
-        window.add(float(loss), float(count), float(norm), time.perf_counter() - started)
-        if not math.isfinite(float(loss) + float(norm)):
-            bad = [ids for value, ids in seen if not math.isfinite(float(value))] or [ids for _, ids in seen]
-            raise RunError(
-                f"step {number + 1}: the loss is {float(loss) / float(count):.4g}, the norm of its gradient "
-                f"{float(norm):.4g}, on the rows {', '.join(chain(*bad))}; look at these, or lower the learning rate."
-            )
+                own.see(part)
+        return total or step.nothing(), seen, own
 
-    def _report(self, now: int, rate: float) -> None:
+    def _not_a_number(
+        self, number: int, loss: float, norm: float, seen: list[tuple[mx.array, tuple[str, ...]]]
+    ) -> None:
+        """A step whose loss or gradient is no number changes nothing. Raises RunError unless `on_nan` is skip."""
+        bad = [ids for value, ids in seen if not math.isfinite(float(value))] or [ids for _, ids in seen]
+        rows = tuple(chain(*bad)) or ("those of another rank",)
+        if self.config.on_nan == "stop":
+            raise RunError(
+                f"step {number + 1}: the loss is {loss:.4g}, the norm of its gradient {norm:.4g}, on the rows "
+                f"{', '.join(rows)}; look at these, lower the learning rate, or go on without them: --on-nan skip."
+            )
+        self.window.skipped += 1
+        self.metrics.add(skipped := Skipped(number + 1, rows))
+        if self.callbacks.skipped and self.first:
+            self.callbacks.skipped(skipped)
+
+    def _report(self, now: int) -> None:
+        if not self.window.steps:
+            raise RunError(
+                f"steps up to {now}: not one of the last {self.window.skipped:.0f} had a loss and gradient that are "
+                "numbers; the weights themselves may be damaged. Go on from an older checkpoint with a lower learning "
+                "rate."
+            )
         epoch = self.feed.first(now) / self.feed.per_epoch
+        rate = self._rate(now - 1, self.config.learning_rate or 0.0)
         self.last = self.window.report(now, self.feed.steps, epoch, rate)
         self.window = Window(before=self.last.seconds)
         self.metrics.add(self.last)
-        if self.callbacks.progress:
+        self.sinks.add(self.last)
+        if self.callbacks.progress and self.first:
             self.callbacks.progress(self.last)
 
     def _evaluate(self, now: int) -> None:
         self.evaluation = self.evaluator.run(now)
         self.metrics.add(self.evaluation)
-        if self.callbacks.evaluated:
+        self.sinks.add(self.evaluation)
+        self._plot()
+        if self.callbacks.evaluated and self.first:
             self.callbacks.evaluated(self.evaluation)
 
+    def _plot(self) -> None:
+        if self.first:
+            plot(self.metrics, self.path / "loss.png", f"{self.config.stage}: {self.trainable.count:,} parameters")
+
     def _save(self, now: int) -> None:
+        if not self.first:
+            return
         state = checkpointing.State(
             step=now,
             seed=self.config.seed,
@@ -273,3 +384,12 @@ class _Run:
         if config := self.trainable.adapter_config:
             save_safetensors_atomic(self.path / "adapters.safetensors", adapter_weights(self.model))
             write_text(self.path / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+
+
+def fitted(config: TrainConfig, model: Llama3V, longest: int) -> TrainConfig:
+    """`config` with the batch size that the memory of this machine holds, where it is 0."""
+    if config.batch_size:
+        return config
+    job = training_job(model, config, longest)
+    most = config.rows_per_step or 256
+    return replace(config, batch_size=plan.largest_batch(job, plan.memory_limit(), most)).resolved()
