@@ -16,7 +16,6 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import TypeVar
 
 import mlx.core as mx
@@ -42,7 +41,7 @@ class Lanes:
     """Made by `lanes`. Arrays that work takes in must be evaluated: MLX's streams belong to their threads."""
 
     def __init__(self, count: int) -> None:
-        self._threads = [_thread(n) for n in range(count)] if count > 1 else []
+        self._threads = [ThreadPoolExecutor(1, f"lane-{n}") for n in range(count)] if count > 1 else []
         self._next = 0
 
     def start(self, make: Callable[[], T]) -> Future[T]:
@@ -63,11 +62,11 @@ class Lanes:
         built.result()
         return running
 
-
-@lru_cache
-def _thread(number: int) -> ThreadPoolExecutor:
-    """Made once: MLX never gives a stream back."""
-    return ThreadPoolExecutor(1, f"lane-{number}")
+    def close(self) -> None:
+        """Wait for what runs, and give the streams back while their threads live: at exit MLX would abort on them."""
+        for thread in self._threads:
+            thread.submit(mx.clear_streams)
+            thread.shutdown()
 
 
 def _run(make: Callable[[], T], built: Future[None]) -> T:
@@ -91,8 +90,10 @@ def lanes(count: int) -> Iterator[Lanes]:
     before = [getattr(process, ask)() for ask, _ in found]
     for _, put in found:
         getattr(process, put)(1)
+    made = Lanes(count)
     try:
-        yield Lanes(count)
+        yield made
     finally:
+        made.close()
         for (_, put), threads in zip(found, before, strict=True):
             getattr(process, put)(threads)

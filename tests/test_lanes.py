@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 import threading
 from functools import partial
 
@@ -73,3 +75,16 @@ def test_how_many() -> None:
     # MLX's random state belongs to a thread: dropout would not follow the seed in lanes.
     assert TrainConfig(compile=False, lanes=2, stage="sft", lora_dropout=0.1).resolved().lanes == 1
     assert TrainConfig(compile=False, lanes=2).resolved().lanes == 2
+
+
+def test_a_process_that_used_them_ends_well() -> None:
+    code = (
+        "import mlx_llama3v, mlx.core as mx\n"
+        "from mlx_llama3v.lanes import lanes\n"
+        "for _ in range(2):\n"
+        "    with lanes(2) as side:\n"
+        "        for work in [side.start(lambda: mx.ones((99, 99)) @ mx.ones((99, 99))) for _ in range(9)]:\n"
+        "            work.result()\n"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) for _ in range(4)]
+    assert [(p.communicate()[1], p.returncode) for p in processes] == [(b"", 0)] * 4
