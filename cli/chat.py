@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mlx_llama3v.cli import show
+from mlx_llama3v.cli.dropped import take_dropped, typed_path
 from mlx_llama3v.cli.options import (
     Config,
     MaxSlices,
@@ -20,12 +21,13 @@ from mlx_llama3v.cli.options import (
     settings_options,
     split_settings,
 )
+from mlx_llama3v.cli.terminal import typed_lines
 from mlx_llama3v.cli.transcript import Exchange, from_markdown, to_markdown
 from mlx_llama3v.errors import DataError, UserError
 from mlx_llama3v.inference import Answer, Memory, Picture, Sampling, Session
 from mlx_llama3v.vision.image import image_size
 
-HELP = """/image FILE    show a picture with the next question (also: type or drop just its path)
+HELP = """/image FILE    show a picture with the next question (also: drop it here, or type its path)
 /images        list the pictures of the conversation
 /system TEXT   set the system text (without TEXT: none); the conversation begins anew
 /retry         answer the last question again
@@ -66,7 +68,7 @@ def chat(
         conversation.show(str(path))
     if sys.stdin.isatty():
         show.out.print("Ask away; /help lists the commands, Ctrl-D leaves.")
-    for line in _lines():
+    for line in typed_lines({line.split()[0]: "FILE" in line.split()[1] for line in HELP.splitlines()}):
         if line.strip() in ("/exit", "/quit"):
             break
         try:
@@ -103,16 +105,23 @@ class Conversation:
         word, _, rest = line.partition(" ")
         if word in self._commands:
             self._commands[word](rest.strip())
-        elif _is_file(line):
-            self.show(line)
-        elif line.startswith("/"):
-            _say(f"{word} is no command.\n{HELP}\n")
-        else:
-            self.ask(line)
+            return
+        files, question = take_dropped(line)
+        if not files and line.startswith("/"):
+            raise DataError(f"{word} is neither a command (see /help) nor a file.")
+        count = len(self.waiting)
+        try:
+            for path in files:
+                self.show(str(path))
+        except UserError:
+            del self.waiting[count:]
+            raise
+        if question:
+            self.ask(question)
 
     def show(self, text: str) -> None:
         """Take a picture for the next question. Raises ImageError at once where it cannot be read."""
-        path = _path(text)
+        path = typed_path(text)
         width, height = image_size(path, self.session.model.config.image.max_pixels)
         self.waiting.append(path)
         _say(f"{path.name}: {width} x {height}; it goes with your next question.\n")
@@ -218,37 +227,4 @@ def _say(text: str) -> None:
 def _named(text: str, command: str) -> Path:
     if not text:
         raise DataError(f"{command} needs the name of a file.")
-    return _path(text)
-
-
-def _is_file(text: str) -> bool:
-    try:
-        return _path(text).is_file()
-    except (OSError, ValueError, RuntimeError):  # a question is longer than a file name may be
-        return False
-
-
-def _path(text: str) -> Path:
-    """A path as people type or drop it: quoted, with escaped spaces, with ~."""
-    text = text.strip().replace("\\ ", " ")
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        text = text[1:-1]
-    return Path(text or ".").expanduser()
-
-
-def _lines() -> Iterator[str]:
-    """Typed lines, with history and editing on a terminal; plain lines from a pipe."""
-    if not sys.stdin.isatty():
-        yield from sys.stdin
-        return
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import InMemoryHistory
-
-    prompt: PromptSession[str] = PromptSession(history=InMemoryHistory())
-    while True:
-        try:
-            yield prompt.prompt("> ")
-        except KeyboardInterrupt:
-            continue
-        except EOFError:
-            return
+    return typed_path(text)

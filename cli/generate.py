@@ -22,7 +22,7 @@ from mlx_llama3v.cli.options import (
 )
 from mlx_llama3v.errors import DataError
 from mlx_llama3v.inference import Answer, Memory, Picture, Sampling, Session
-from mlx_llama3v.inference.jobs import Result, answer_jobs, answered, read_jobs, write_results
+from mlx_llama3v.inference.jobs import Result, answer_jobs, read_jobs, unanswered, write_results
 
 
 def register(app: typer.Typer) -> None:
@@ -107,8 +107,7 @@ def _many(
             raise DataError(f"{path} is missing; expected a JSONL file of questions.")
         lines = path.read_text(encoding="utf-8").splitlines()
         jobs = read_jobs(lines, str(path), image_folder or path.parent)
-    there = answered(Path(output)) if output != "-" else set()
-    left = [job for job in jobs if job.id not in there]
+    left = unanswered(jobs, Path(output)) if output != "-" else jobs
     done = 0
     with ExitStack() as stack:
         out: TextIO = sys.stdout
@@ -127,7 +126,7 @@ def _many(
         found, failed = write_results(answer_jobs(session, left, sampling, batch_size), out, tell)
     say = show.err if output == "-" else show.out
     where = "stdout" if output == "-" else output
-    already = f", {len(jobs) - len(left)} were there" if there else ""
+    already = f", {len(jobs) - len(left)} were there" if len(left) < len(jobs) else ""
     say.print(f"{found} answered, {failed} failed{already}. Answers: {where}")
     if failed:
         raise typer.Exit(1)

@@ -64,17 +64,24 @@ def as_json(values: Any) -> None:
 
 
 def answer_stats(answer: Answer) -> str:
-    """Pictures, token counts, rates, times and memory of an answer, on one line."""
+    """Pictures, token counts, rates, times and memory of an answer, in three short lines."""
     times, count = answer.timings, len(answer.tokens)
-    prefill = answer.prompt_tokens / times.prefill if times.prefill else 0.0
-    decode = count / times.decode if times.decode else 0.0
-    return (
-        f"{answer.slices} slices, {answer.visual_tokens} visual tokens, "
-        f"{answer.prompt_tokens} prompt tokens ({prefill:,.0f}/s), {answer.cached_tokens} reused, "
-        f"{count} answer tokens ({decode:,.1f}/s), pictures {duration(times.encode)}, "
-        f"first token after {times.first_token:.3f} s, peak memory {size(peak_memory())}, "
-        f"ended by {answer.finish_reason}"
+    prefill = f" ({answer.prompt_tokens / times.prefill:,.0f}/s)" if times.prefill else ""
+    decode = f" ({(count - 1) / times.decode:,.1f}/s)" if count > 1 and times.decode else ""
+    seen = (
+        f", {plural(answer.slices, 'slice')}, {plural(answer.visual_tokens, 'visual token')}" if answer.slices else ""
     )
+    return (
+        f"prompt: {plural(answer.prompt_tokens, 'token')}{prefill}, {answer.cached_tokens} reused{seen}\n"
+        f"answer: {plural(count, 'token')}{decode}, ended by {answer.finish_reason}\n"
+        f"first token after {times.first_token:.3f} s (pictures {times.encode:.3f} s), "
+        f"peak memory {size(peak_memory())}"
+    )
+
+
+def plural(count: int, noun: str) -> str:
+    """1 token, 2 tokens."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def answer_json(answer: Answer) -> dict[str, Any]:

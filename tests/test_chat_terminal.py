@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mlx_llama3v.cli.chat import Conversation
+from mlx_llama3v.cli.dropped import take_dropped
 from mlx_llama3v.cli.transcript import Exchange, from_markdown, to_markdown
 from mlx_llama3v.errors import DataError, UserError
 from mlx_llama3v.inference import Sampling, load
@@ -41,7 +42,16 @@ def test_every_command(chat: Conversation, directory: Path, tmp_path: Path, caps
 
     picture = directory.parent / "my picture.png"
     assert "/retry" in said("/help") and "no picture" in said("/images") and "no answer" in said("/stats")
-    for line in ("/retry", "/edit x", "/save", "/load", f"/load {picture}", "/image none.png"):
+    for line in (
+        "/retry",
+        "/edit x",
+        "/save",
+        "/load",
+        f"/load {picture}",
+        "/image none.png",
+        "/image ~nobody/x",
+        "/nothing",
+    ):
         with pytest.raises(UserError):
             chat.take(line)
     assert "next question" in said(f"'{picture}'") and "next question" in said("/images")
@@ -64,8 +74,42 @@ def test_every_command(chat: Conversation, directory: Path, tmp_path: Path, caps
     assert "anew" in said("/system Be brief.") and chat.session.system == "Be brief."
     chat.take("/image " + str(picture))
     assert said("What is it?") and "Be brief." in chat.session.tokens.decode(chat.session.ids)
-    assert "is no command" in said("/nothing") and said("") == ""
-    assert said("x" * 5000)  # longer than a file name may be
+    assert said("") == "" and said("x" * 5000)  # longer than a file name may be
+
+
+@pytest.mark.parametrize(
+    ("line", "names", "question"),
+    [
+        ("{0}/a.png", ["a.png"], ""),
+        (r"{0}/b\ \(1\).png ", ["b (1).png"], ""),  # as a Mac's terminal types a dropped file
+        ("'{0}/b (1).png' ", ["b (1).png"], ""),  # as GNOME's does
+        (r"'{0}/it'\''s.png'", ["it's.png"], ""),
+        ("file://{0}/b%20(1).png", ["b (1).png"], ""),
+        ("{0}/b (1).png", ["b (1).png"], ""),
+        (r"{0}/a.png '{0}/b (1).png' What's  \new?", ["a.png", "b (1).png"], r"What's  \new?"),
+        ("a.png What?", [], "a.png What?"),  # a question that begins like a file here
+        ("What's in {0}/a.png?", [], "What's in {0}/a.png?"),
+        ("'", [], "'"),
+        ("~nobody/x", [], "~nobody/x"),
+    ],
+)
+def test_dropped_files(
+    line: str, names: list[str], question: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.png", "b (1).png", "it's.png"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    paths, rest = take_dropped(line.replace("{0}", str(tmp_path)))
+    assert (paths, rest) == ([tmp_path / name for name in names], question.replace("{0}", str(tmp_path)))
+
+
+def test_dropped_files_with_a_question(chat: Conversation, directory: Path) -> None:
+    picture = str(directory.parent / "my picture.png").replace(" ", "\\ ")
+    chat.take(f"{picture} {picture} What are they?")
+    assert [len(paths) for paths in chat.asked] == [2] and chat.session.turns[0].text == "What are they?"
+    with pytest.raises(UserError, match="known image format"):
+        chat.take(f"{picture} {directory}/config.json And these?")
+    assert not chat.waiting and len(chat.asked) == 1  # nothing half done
 
 
 def test_ctrl_c_ends_the_answer_only(chat: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +190,11 @@ def test_on_a_terminal(directory: Path) -> None:
         terminal.wait("no picture yet.*" + PROMPT)
         terminal.type("\x1b[A")  # the line before, from the history
         terminal.type("\x01\x1b[C" + "x\r")  # with an x behind its slash
-        terminal.wait("/ximages is no command.*" + PROMPT)
+        terminal.wait("/ximages is neither.*" + PROMPT)
+        terminal.type("/ret\t")
+        terminal.wait("/ret.*ry")
+        terminal.type("\r")
+        terminal.wait("no question yet.*" + PROMPT)
         for _ in range(20):  # until an answer was long enough to be stopped
             terminal.type("Go on\r")
             terminal.wait(ENTERED)
@@ -158,7 +206,7 @@ def test_on_a_terminal(directory: Path) -> None:
             raise AssertionError("no answer was stopped")
         assert terminal.process.poll() is None
         terminal.type("/stats\r")
-        terminal.wait("(answer tokens|no answer yet).*" + PROMPT)
+        terminal.wait("(answer: |no answer yet).*" + PROMPT)
         terminal.type("\x04")
         assert terminal.process.wait(20) == 0
     finally:

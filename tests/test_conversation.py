@@ -16,7 +16,7 @@ from mlx_llama3v.errors import CheckpointError, ContextError, DataError
 from mlx_llama3v.inference import Answer, Memory, Request, Sampling, Session, batch_generate, load
 from mlx_llama3v.inference.answer import Loops, Writer
 from mlx_llama3v.inference.batch import Running
-from mlx_llama3v.inference.jobs import answer_jobs, answered, read_jobs, write_results
+from mlx_llama3v.inference.jobs import answer_jobs, read_jobs, unanswered, write_results
 from mlx_llama3v.inference.prefixes import Prefixes
 from mlx_llama3v.inference.rows import common, place_keys
 from mlx_llama3v.inference.sampling import Sampler
@@ -308,11 +308,14 @@ def test_jobs(tmp_path: Path) -> None:
         assert rows[job.id]["text"] == answer(session, job.prompt, job.images, max_tokens=5).text
     with out.open("a") as file:
         file.write('{"id": "5x", "pro')
-    assert answered(out) == {"x", "3", "5"}  # the failed one is asked again, the half line is gone
-    assert len(out.read_text().splitlines()) == 3 and answered(tmp_path / "none") == set()
+    assert unanswered(jobs, out) == [jobs[2]]  # the failed one is asked again, the half line is gone
+    assert len(out.read_text().splitlines()) == 3 and unanswered(jobs, tmp_path / "none") == jobs
+    moved = read_jobs(lines[2:], "q.jsonl", tmp_path)  # ids are line numbers where none is given
+    with pytest.raises(DataError, match="another question '3'"):
+        unanswered(moved, out)
     (tmp_path / "mine.txt").write_text("my thesis\nline two\n")
     with pytest.raises(DataError, match="not overwritten"):
-        answered(tmp_path / "mine.txt")
+        unanswered(jobs, tmp_path / "mine.txt")
     for line in ('{"prompt": 1}', "[]", "{", '{"prompt": "x", "imge": "y"}', '{"prompt": "x", "images": "y"}'):
         with pytest.raises(DataError, match=r"q.jsonl, line 1"):
             read_jobs([line], "q.jsonl", tmp_path)

@@ -62,6 +62,10 @@ class Page:
     def ask(self, text: str) -> None:
         self.one("#text").send_keys(text + "\n")
 
+    def texts(self) -> list[str]:
+        """The answers as they came, before they became elements."""
+        return self.driver.execute_script("return turns.filter((t) => t.role === 'assistant').map((t) => t.text)")
+
     def answers(self) -> list[str]:
         return [node.text for node in self.all(".turn.assistant .said")]
 
@@ -91,8 +95,7 @@ def test_a_conversation_with_a_picture(page: Page, served: Served, picture: Path
     from mlx_llama3v.inference import Sampling
 
     expected = [list(served.session.ask("What is it?", [picture], Sampling(max_tokens=10)))[-1].answer.text]
-    shown = page.driver.execute_script("return document.querySelector('.assistant .said').textContent")
-    assert shown == expected[0] and not page.all("#waiting figure")
+    assert page.texts() == expected and not page.all("#waiting figure")
     page.ask("And now?")
     assert page.idle(2) and len(page.all(".turn.user")) == 2
     before = page.answers()
@@ -100,6 +103,14 @@ def test_a_conversation_with_a_picture(page: Page, served: Served, picture: Path
     assert len(retries) == 1  # only the last answer can be had again
     retries[0].click()
     assert page.idle(2) and page.answers() == before
+    (edit,) = page.all(".user .tools button")
+    edit.click()
+    assert page.one("#text").get_attribute("value") == "And now?" and len(page.all(".turn")) == 2
+    page.one(".user .tools button").click()  # now the first question is the last one
+    assert len(page.all("#waiting figure")) == 1 and not page.all(".turn")
+    page.driver.execute_script("document.getElementById('text').value = ''")
+    page.ask("What is it?")
+    assert page.idle(1) and page.texts() == expected
     page.one("#new").click()
     assert not page.all(".turn") and page.one("#hint").is_displayed()
 
@@ -163,6 +174,52 @@ def test_a_phone_and_the_keyboard(page: Page, picture: Path) -> None:
         webdriver.ActionChains(page.driver).send_keys("\ue004").perform()
         reached.add(page.driver.switch_to.active_element.get_attribute("id"))
     assert {"new", "open-settings", "file", "text", "send"} <= reached
+
+
+def test_by_keyboard_alone(page: Page, served: Served, picture: Path) -> None:
+    def press(*keys: str) -> None:
+        webdriver.ActionChains(page.driver).send_keys(*keys).perform()
+
+    def focus(css: str) -> bool:
+        for _ in range(15):
+            if page.driver.execute_script("return document.activeElement.matches(arguments[0])", css):
+                return True
+            press("\ue004")
+        return False
+
+    page.upload(picture)
+    assert focus("#waiting .view")
+    press("\ue007")
+    assert page.one("#viewer").is_displayed() and len(page.all("#viewer .tiles canvas")) >= 2
+    press("\ue00c")
+    assert not page.one("#viewer").is_displayed() and focus("#waiting .remove")
+    press("\ue007")
+    assert not page.all("#waiting figure")
+    page.set(max_tokens=3000, temperature=2, seed=1)
+    with endless(served):
+        assert focus("#text")
+        press("Go on", "\ue007")
+        assert wait_until(lambda: page.answers() and len(page.answers()[0]) > 10)
+        press("\ue00c")
+        assert page.idle(1) and "stopped" in page.one(".assistant .note").text
+
+
+def test_answers_become_elements_and_never_html(page: Page) -> None:
+    text = (
+        "## Head\nsome **bold** *light* `a<b` and [here](https://a.example/x) ![no](https://a.example/y.png)\n"
+        "<img src=x onerror=alert(1)>\n\n1. one\n   - inner\n\n```py\n<b>x</b>\n```\n> said\n[bad](javascript:alert(1))"
+    )
+    script = "const made = document.createElement('div'); made.append(markdown(arguments[0])); return made"
+    found = page.driver.execute_script(f"{script}.innerHTML", text)
+    for part in (
+        "<h4>Head</h4>", "<strong>bold</strong>", "<em>light</em>", "<code>a&lt;b</code>", 'href="https://a.example/x"',
+        "![no](https://a.example/y.png)", "&lt;img src=x", '<ol start="1"><li', "<pre><code>&lt;b&gt;x&lt;/b&gt;</code>",
+        "<blockquote><p>said</p>", "[bad](javascript:alert(1))",
+    ):  # fmt: skip
+        assert part in found, (part, found)
+    assert "<img" not in found and found.count("<a ") == 1
+    whole = page.driver.execute_script(f"{script}.textContent", "a\n\n* b\n*c\n```\nopen **x")
+    assert "".join(whole.split()) == "ab*copen**x"  # what is half written is shown, too
 
 
 def test_colours_and_no_foreign_request(page: Page, served: Served) -> None:

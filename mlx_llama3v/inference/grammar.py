@@ -26,6 +26,7 @@ class Grammar:
         try:
             grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
             self._matcher = LLMatcher(tokenizer, grammar)
+            self._matcher.compute_bitmask()  # some problems show only now
             problem = self._matcher.get_error()
         except Exception as error:  # the Rust library raises ValueError and RuntimeError
             raise ContextError(f"the JSON schema cannot be used: {_line(error)}.") from error

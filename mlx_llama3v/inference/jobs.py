@@ -77,13 +77,29 @@ def _repeats(jobs: Sequence[Job]) -> bool:
     return len({job.id for job in jobs}) < len(jobs)
 
 
-def answered(path: Path) -> set[str]:
-    """Ids that an earlier run answered into `path`; lines cut short and errors are taken out of it, to be redone.
+def unanswered(jobs: Sequence[Job], path: Path) -> list[Job]:
+    """The jobs that no earlier run answered into `path`; lines cut short and errors are taken out of it.
 
-    Raises DataError where the file holds something else.
+    Raises DataError where the file holds something else, or the answer to another question of the same id.
     """
+    there = _answers(path)
+    for job in jobs:
+        if job.id in there and there[job.id] != _asked(job):
+            raise DataError(
+                f"{path} answers another question {job.id!r} than is asked now; choose another --output, or give the "
+                'questions ids of their own ("id": ...).'
+            )
+    return [job for job in jobs if job.id not in there]
+
+
+def _asked(job: Job) -> tuple[Any, ...]:
+    return job.prompt, [str(path) for path in job.images]
+
+
+def _answers(path: Path) -> dict[str, tuple[Any, ...]]:
+    """What the answers in `path` were asked, by id; the file then holds nothing but those."""
     if not path.exists():
-        return set()
+        return {}
     lines = path.read_text(encoding="utf-8").splitlines()
     good: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
@@ -98,7 +114,8 @@ def answered(path: Path) -> set[str]:
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text("".join(f"{line}\n" for line in good.values()), encoding="utf-8")
         partial.replace(path)
-    return set(good)
+    asked = {name: json.loads(line) for name, line in good.items()}
+    return {name: (values.get("prompt"), values.get("images")) for name, values in asked.items()}
 
 
 def answer_jobs(session: Session, jobs: Sequence[Job], sampling: Sampling, batch_size: int = 8) -> Iterator[Result]:

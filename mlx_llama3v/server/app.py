@@ -36,7 +36,8 @@ from mlx_llama3v.vision.image import image_size
 from mlx_llama3v.vision.pool import pooled_layout
 from mlx_llama3v.vision.tiling import plan
 
-PAGE = {"index.html": "text/html", "style.css": "text/css", "app.js": "text/javascript"}
+SCRIPTS = ("app.js", "markdown.js", "pictures.js")
+PAGE = {"index.html": "text/html", "style.css": "text/css", **dict.fromkeys(SCRIPTS, "text/javascript")}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -132,8 +133,8 @@ def make_app(worker: Worker, config: ServeConfig, model: str) -> FastAPI:
             admit(request)
             worker.check_room()
             asked = parse_chat(await read_json(request, config.timeout), config, model)
-            urls = [url for message in asked.messages for url in message.images]
-            pictures = [await asyncio.to_thread(read_picture, url, config) for url in urls]
+            deadline = started + config.timeout
+            pictures = [await _picture(url, config, deadline) for message in asked.messages for url in message.images]
             events: asyncio.Queue[Event] = asyncio.Queue()
             loop = asyncio.get_running_loop()
 
@@ -141,7 +142,7 @@ def make_app(worker: Worker, config: ServeConfig, model: str) -> FastAPI:
                 if not loop.is_closed():
                     loop.call_soon_threadsafe(events.put_nowait, event)
 
-            ticket = worker.submit(asked, pictures, tell, started + config.timeout)
+            ticket = worker.submit(asked, pictures, tell, deadline)
             try:
                 answered = await _respond(request, asked, ticket, events, model)
             except BaseException:
@@ -187,6 +188,13 @@ def make_app(worker: Worker, config: ServeConfig, model: str) -> FastAPI:
             CORSMiddleware, allow_origins=list(config.cors_origin), allow_methods=["GET", "POST"], allow_headers=["*"]
         )
     return app
+
+
+async def _picture(url: str, config: ServeConfig, deadline: float) -> bytes:
+    try:
+        return await asyncio.wait_for(asyncio.to_thread(read_picture, url, config), max(0.01, deadline - monotonic()))
+    except (asyncio.TimeoutError, TimeoutError):
+        raise Refusal("the pictures did not arrive in time.", "image_url", 408) from None
 
 
 async def _next(request: Any, events: asyncio.Queue[Event]) -> Event | None:

@@ -23,6 +23,7 @@ class ServeConfig:
     cors_origin: tuple[str, ...] = _knob((), "Web origin that may call the API; repeat for more.")
     allow_image_host: tuple[str, ...] = _knob((), "Host that pictures may be fetched from; repeat for more.")
     image_dir: Path | None = _knob(None, "Folder that file:// pictures may be read from.")  # noqa: RUF009
+    image_seconds: float = _knob(15.0, "Seconds that fetching a picture from such a host may take.")
     max_body: int = _knob(32_000_000, "Largest request, and largest picture, in bytes.")
     max_pixels: int = _knob(50_000_000, "Largest picture.")
     max_images: int = _knob(16, "Pictures in a request.")
@@ -41,8 +42,8 @@ class ServeConfig:
         for name in least:
             if getattr(self, name) < 1:
                 raise RunError(f"{name} is {getattr(self, name)}; expected at least 1.")
-        if self.max_queue < 0 or self.prefix_memory < 0 or self.timeout <= 0:
-            raise RunError("max_queue and prefix_memory must not be negative, and timeout must be more than 0.")
+        if self.max_queue < 0 or self.prefix_memory < 0 or self.timeout <= 0 or self.image_seconds <= 0:
+            raise RunError("max_queue and prefix_memory must not be negative, timeout and image_seconds above 0.")
         if self.image_dir is not None and not Path(self.image_dir).is_dir():
             raise RunError(f"{self.image_dir} is no folder; expected one with pictures (--image-dir).")
         if self.api_key == "":

@@ -4,7 +4,8 @@ const $ = (id) => document.getElementById(id);
 const KNOBS = ["system", "temperature", "top_p", "max_tokens", "seed", "theme"];
 let model = null;
 let turns = []; // {role, text, pictures, node, said, tools}
-let waiting = []; // pictures for the next question: {url, canvas, layout, figure}
+let waiting = []; // pictures for the next question, see pictures.js
+let reading = 0; // pictures on their way into `waiting`
 let running = null; // AbortController of the answer that streams
 
 function headers() {
@@ -14,118 +15,59 @@ function headers() {
 }
 
 function fail(message) {
-  $("error").textContent = message;
+  $("error").textContent = message.replace(/^[a-z](?=[a-z]* )/, (letter) => letter.toUpperCase()); // not a field's name
   $("error").hidden = !message;
 }
 
 async function reason(response) {
   try {
-    return (await response.json()).error.message;
+    const message = (await response.json()).error.message;
+    return response.status === 401 ? `${message} Enter it in the settings.` : message;
   } catch {
     return `The server answered ${response.status}.`;
   }
 }
 
-function element(tag, className, text) {
+function element(tag, className = "", content = "") {
   const made = document.createElement(tag);
   if (className) made.className = className;
-  if (text) made.textContent = text;
+  made.append(content);
   return made;
 }
 
-function button(text, act) {
-  const made = element("button", "", text);
+function button(icon, text, act) {
+  const made = element("button");
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  const use = document.createElementNS("http://www.w3.org/2000/svg", "use");
+  use.setAttribute("href", `#i-${icon}`);
+  svg.append(use);
+  made.append(svg, text);
   made.type = "button";
   made.onclick = act;
   return made;
 }
 
-// --- pictures
-
-function readFile(file) {
-  return new Promise((done, failed) => {
-    const reader = new FileReader();
-    reader.onload = () => done(reader.result);
-    reader.onerror = () => failed(new Error(`${file.name} cannot be read.`));
-    reader.readAsDataURL(file);
-  });
-}
-
-function loadImage(url) {
-  return new Promise((done, failed) => {
-    const image = new Image();
-    image.onload = () => done(image);
-    image.onerror = () => failed(new Error("The browser cannot show this picture."));
-    image.src = url;
-  });
-}
+// --- pictures for the next question
 
 async function addFiles(files) {
   fail("");
   for (const file of files) {
+    reading++;
+    $("composer").classList.add("reading");
     try {
-      const url = await readFile(file);
-      const response = await fetch("page/slices", { method: "POST", headers: headers(), body: JSON.stringify({ image: url }) });
-      if (!response.ok) throw new Error(await reason(response));
-      const layout = await response.json();
-      const picture = { url, layout, name: file.name || "picture", figure: null };
-      picture.figure = await drawn(picture, () => {
-        waiting = waiting.filter((other) => other !== picture);
-        picture.figure.remove();
-        $("text").focus();
+      const picture = await readPicture(file, (gone) => {
+        waiting = waiting.filter((other) => other !== gone);
+        gone.figure.remove();
+        focusText();
       });
       waiting.push(picture);
       $("waiting").append(picture.figure);
     } catch (error) {
-      fail(error.message);
+      fail(error instanceof TypeError ? "The server cannot be reached." : error.message);
     }
+    $("composer").classList.toggle("reading", --reading > 0);
   }
-  $("text").focus();
-}
-
-// The picture with the cuts of its slices on it, and the slices beside each other as the model sees them.
-async function drawn(picture, remove) {
-  const { layout } = picture;
-  const image = await loadImage(picture.url);
-  const figure = element("figure");
-  const scale = Math.min(1, 480 / image.naturalWidth, 360 / image.naturalHeight);
-  const canvas = element("canvas");
-  canvas.width = Math.max(1, Math.round(image.naturalWidth * scale));
-  canvas.height = Math.max(1, Math.round(image.naturalHeight * scale));
-  canvas.setAttribute("role", "img");
-  canvas.setAttribute("aria-label", `${picture.name}, ${layout.slices} slices`);
-  const pen = canvas.getContext("2d");
-  pen.drawImage(image, 0, 0, canvas.width, canvas.height);
-  pen.strokeStyle = "rgba(255, 60, 60, .9)";
-  pen.lineWidth = 2;
-  for (let col = 1; col < layout.cols; col++) pen.strokeRect((col * canvas.width) / layout.cols, -2, 0, canvas.height + 4);
-  for (let row = 1; row < layout.rows; row++) pen.strokeRect(-2, (row * canvas.height) / layout.rows, canvas.width + 4, 0);
-  figure.append(canvas);
-  const split = layout.rows * layout.cols ? `overview + ${layout.rows} × ${layout.cols} slices` : "not split";
-  figure.append(element("figcaption", "", `${layout.size[0]} × ${layout.size[1]}, ${split}, ${layout.visual_tokens} tokens`));
-  if (layout.rows * layout.cols) figure.append(tiles(image, layout));
-  if (remove) {
-    const cross = button("×", remove);
-    cross.className = "remove";
-    cross.setAttribute("aria-label", `Remove ${picture.name}`);
-    figure.append(cross);
-  }
-  return figure;
-}
-
-function tiles(image, layout) {
-  const shown = element("div", "tiles");
-  shown.style.gridTemplateColumns = `repeat(${layout.cols}, auto)`;
-  const [width, height] = [image.naturalWidth / layout.cols, image.naturalHeight / layout.rows];
-  const scale = 80 / Math.max(...layout.tile);
-  for (let n = 0; n < layout.rows * layout.cols; n++) {
-    const tile = element("canvas");
-    [tile.width, tile.height] = layout.tile.map((side) => Math.max(1, Math.round(side * scale)));
-    const [x, y] = [(n % layout.cols) * width, Math.floor(n / layout.cols) * height];
-    tile.getContext("2d").drawImage(image, x, y, width, height, 0, 0, tile.width, tile.height);
-    shown.append(tile);
-  }
-  return shown;
+  focusText();
 }
 
 // --- the conversation
@@ -136,10 +78,7 @@ function show(turn) {
   turn.node.setAttribute("aria-label", turn.role === "user" ? "Question" : "Answer");
   if (turn.pictures.length) {
     const pictures = element("div", "pictures");
-    for (const picture of turn.pictures) {
-      picture.figure.querySelector(".remove")?.remove();
-      pictures.append(picture.figure);
-    }
+    pictures.append(...turn.pictures.map(({ figure }) => figure));
     turn.node.append(pictures);
   }
   turn.said = element("div", "said", turn.text);
@@ -147,29 +86,40 @@ function show(turn) {
   turn.node.append(turn.said, turn.tools);
   $("log").append(turn.node);
   $("log").scrollTop = $("log").scrollHeight;
+  offer();
+}
+
+// Only the last question can be edited, and only the last answer be had again.
+function offer() {
+  document.querySelectorAll(".turn .last").forEach((made) => made.remove());
+  if (running) return;
+  const [asked, answered] = turns.slice(-2);
+  if (asked?.role === "user" && answered) {
+    asked.tools.append(last("edit", "Edit", edit));
+    answered.tools.querySelector("button").after(last("retry", "Retry", retry));
+  }
+}
+
+function last(icon, text, act) {
+  const made = button(icon, text, act);
+  made.className = "last";
+  return made;
 }
 
 function addTools(turn, note) {
-  turn.tools.replaceChildren(
-    button("Copy", async (event) => {
-      await navigator.clipboard.writeText(turn.text);
-      event.target.textContent = "Copied";
-    }),
-    button("Retry", retry),
-    element("span", "note", note),
-  );
-  // Only the last answer can be had again.
-  document.querySelectorAll(".turn.assistant").forEach((node) => {
-    const again = [...node.querySelectorAll(".tools button")].find((made) => made.textContent === "Retry");
-    if (again) again.hidden = node !== turn.node;
+  const copy = button("copy", "Copy", async () => {
+    await navigator.clipboard.writeText(turn.text);
+    copy.lastChild.textContent = "Copied";
+    setTimeout(() => (copy.lastChild.textContent = "Copy"), 1500);
   });
+  turn.tools.replaceChildren(copy, element("span", "note", note));
 }
 
 function messages() {
   const found = turns.map(({ role, text, pictures }) => ({
     role,
     content: pictures.length
-      ? [...pictures.map(({ url }) => ({ type: "image_url", image_url: { url } })), { type: "text", text }]
+      ? [...pictures.map(({ url }) => ({ type: "image_url", image_url: { url } })), ...(text ? [{ type: "text", text }] : [])]
       : text,
   }));
   const system = $("system").value.trim();
@@ -202,68 +152,99 @@ async function* events(response) {
   }
 }
 
+// Writes the answer's text at most once a frame.
+function writer(turn) {
+  let asked = false;
+  const write = () => {
+    asked = false;
+    const near = $("log").scrollHeight - $("log").scrollTop - $("log").clientHeight < 80;
+    turn.said.replaceChildren(markdown(turn.text));
+    if (near) $("log").scrollTop = $("log").scrollHeight;
+  };
+  return { write, soon: () => { if (!asked) requestAnimationFrame(write); asked = true; } };
+}
+
 async function answer() {
   fail("");
   running = new AbortController();
   busy(true);
   const sent = body();
   const turn = { role: "assistant", text: "", pictures: [] };
-  let ended = "";
+  let ended = "failed"; // unless the server says how
   let usage = null;
+  let times = null;
   show(turn);
+  const page = writer(turn);
   try {
     const response = await fetch("v1/chat/completions", { method: "POST", headers: headers(), body: sent, signal: running.signal });
     if (!response.ok) throw new Error(await reason(response));
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
       usage = event.usage ?? usage;
+      times = event.llama3v?.timings ?? times;
       ended = event.llama3v?.finish_reason ?? ended;
-      const near = $("log").scrollHeight - $("log").scrollTop - $("log").clientHeight < 80;
       turn.text += event.choices[0]?.delta.content ?? "";
-      turn.said.textContent = turn.text;
-      if (near) $("log").scrollTop = $("log").scrollHeight;
+      page.soon();
     }
+    if (ended === "failed") fail("The connection broke off.");
   } catch (error) {
     if (error.name === "AbortError") ended = "stopped";
-    else {
-      fail(error instanceof TypeError ? "The server cannot be reached." : error.message);
-      ended = "failed";
-    }
+    else fail(error instanceof TypeError ? "The server cannot be reached." : error.message);
   }
   running = null;
   busy(false);
+  if (!turns.length) return; // a new chat was begun meanwhile
   if (!turn.text && (ended === "failed" || ended === "stopped")) {
     turn.node.remove(); // the question stays, to be sent again
-    undo();
+    edit();
     return;
   }
+  page.write();
   turns.push(turn);
-  const notes = { length: "cut off: too long", repetition: "ended: it repeated itself", stopped: "stopped", failed: "broke off" };
-  const counts = usage ? `${usage.completion_tokens} ${usage.completion_tokens === 1 ? "token" : "tokens"}` : "";
-  addTools(turn, [counts, notes[ended]].filter(Boolean).join(", "));
+  addTools(turn, note(ended, usage, times));
+  offer();
 }
 
-// The last question goes back into the form.
-function undo() {
+function note(ended, usage, times) {
+  const notes = { length: "cut off: too long", repetition: "ended: it repeated itself", stopped: "stopped", failed: "broke off" };
+  const said = usage?.completion_tokens;
+  const parts = [notes[ended]];
+  if (said) parts.push(`${said} ${said === 1 ? "token" : "tokens"}`);
+  if (said > 1 && times?.decode) parts.push(`${((said - 1) / times.decode).toFixed(1)}/s`);
+  if (times) parts.push(`first after ${times.first_token.toFixed(2)} s`);
+  return parts.filter(Boolean).join(" · ");
+}
+
+// The last question goes back into the form, its answer away.
+function edit() {
+  if (turns.at(-1)?.role === "assistant") turns.pop().node.remove();
   const asked = turns.pop();
   asked.node.remove();
   $("text").value = asked.text;
   waiting = [...asked.pictures, ...waiting];
-  for (const picture of asked.pictures) $("waiting").append(picture.figure);
+  $("waiting").prepend(...asked.pictures.map(({ figure }) => figure));
   $("hint").hidden = turns.length > 0;
   grow();
+  focusText();
+  offer();
 }
 
 function busy(yes) {
   $("send").hidden = yes;
   $("stop").hidden = !yes;
   $("log").setAttribute("aria-busy", yes);
-  (yes ? $("stop") : $("text")).focus();
+  if (yes) $("stop").focus();
+  else focusText();
+}
+
+// Not on a phone, where the keyboard would cover the answer.
+function focusText() {
+  if (matchMedia("(pointer: fine)").matches) $("text").focus();
 }
 
 function ask() {
   const text = $("text").value.trim();
-  if (running || (!text && !waiting.length)) return;
+  if (running || reading || (!text && !waiting.length)) return;
   const turn = { role: "user", text, pictures: waiting };
   waiting = [];
   $("text").value = "";
@@ -280,21 +261,22 @@ function retry() {
 }
 
 function restart() {
-  running?.abort();
-  for (const turn of turns) turn.node.remove();
+  for (const { node } of turns) node.remove();
+  document.querySelectorAll(".turn").forEach((node) => node.remove()); // also the answer that streams
   turns = [];
-  waiting.forEach((picture) => picture.figure.remove());
+  running?.abort();
+  waiting.forEach(({ figure }) => figure.remove());
   waiting = [];
   $("hint").hidden = false;
   fail("");
-  $("text").focus();
+  focusText();
 }
 
 // --- the form
 
 function grow() {
   $("text").style.height = "auto";
-  $("text").style.height = `${$("text").scrollHeight + 2}px`;
+  $("text").style.height = `${$("text").scrollHeight}px`;
 }
 
 function keep() {
@@ -304,15 +286,13 @@ function keep() {
 
 async function greet() {
   const response = await fetch("v1/models", { headers: headers() });
-  if (!response.ok) {
-    fail(await reason(response));
-    return;
-  }
+  if (!response.ok) return fail(await reason(response));
   fail("");
   model = (await response.json()).data[0].id;
   $("model").textContent = document.title = model;
 }
 
+const unreachable = () => fail("The server cannot be reached.");
 $("form").onsubmit = (event) => { event.preventDefault(); ask(); };
 $("text").oninput = grow;
 $("text").onkeydown = (event) => {
@@ -320,20 +300,23 @@ $("text").onkeydown = (event) => {
 };
 $("stop").onclick = () => running?.abort();
 $("new").onclick = restart;
-$("file").onchange = async (event) => { await addFiles(event.target.files); event.target.value = ""; };
+$("file").onchange = async (event) => { await addFiles([...event.target.files]); event.target.value = ""; };
 $("open-settings").onclick = () => $("settings").showModal();
-$("settings").onclose = () => { keep(); greet().catch(() => fail("The server cannot be reached.")); };
+$("settings").onclose = () => { keep(); greet().catch(unreachable); };
 $("theme").onchange = keep;
-document.onkeydown = (event) => { if (event.key === "Escape" && running) running.abort(); };
+$("viewer").onclick = (event) => { if (event.target === $("viewer")) $("viewer").close(); };
+document.onkeydown = (event) => { if (event.key === "Escape" && running && !document.querySelector("dialog[open]")) running.abort(); };
 document.onpaste = (event) => {
   const files = [...event.clipboardData.files].filter((file) => file.type.startsWith("image/"));
   if (files.length) { event.preventDefault(); addFiles(files); }
 };
 document.ondragover = (event) => { event.preventDefault(); $("drop").hidden = false; };
 document.ondragleave = (event) => { if (!event.relatedTarget) $("drop").hidden = true; };
-document.ondrop = (event) => { event.preventDefault(); $("drop").hidden = true; addFiles(event.dataTransfer.files); };
+document.ondrop = (event) => { event.preventDefault(); $("drop").hidden = true; addFiles([...event.dataTransfer.files]); };
 
 const kept = JSON.parse(localStorage.getItem("llama3v") ?? "{}");
 for (const id of KNOBS) if (id in kept) $(id).value = kept[id];
 document.documentElement.dataset.theme = $("theme").value;
-greet().catch(() => fail("The server cannot be reached."));
+const local = /^(localhost|127\.|\[::1\])/.test(location.hostname);
+$("where").textContent = local ? "Nothing leaves this machine." : `Pictures go to ${location.hostname} and nowhere else.`;
+greet().catch(unreachable);
