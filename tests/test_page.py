@@ -212,8 +212,10 @@ def test_answers_become_elements_and_never_html(page: Page) -> None:
     script = "const made = document.createElement('div'); made.append(markdown(arguments[0])); return made"
     found = page.driver.execute_script(f"{script}.innerHTML", text)
     for part in (
-        "<h4>Head</h4>", "<strong>bold</strong>", "<em>light</em>", "<code>a&lt;b</code>", 'href="https://a.example/x"',
-        "![no](https://a.example/y.png)", "&lt;img src=x", '<ol start="1"><li', "<pre><code>&lt;b&gt;x&lt;/b&gt;</code>",
+        "<h4>Head</h4>", "<strong>bold</strong>", "<em>light</em>", "<code>a&lt;b</code>",
+        'href="https://a.example/x"',
+        "![no](https://a.example/y.png)", "&lt;img src=x", '<ol start="1"><li',
+        "<pre><code>&lt;b&gt;x&lt;/b&gt;</code>",
         "<blockquote><p>said</p>", "[bad](javascript:alert(1))",
     ):  # fmt: skip
         assert part in found, (part, found)

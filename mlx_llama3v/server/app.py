@@ -193,7 +193,7 @@ def make_app(worker: Worker, config: ServeConfig, model: str) -> FastAPI:
 async def _picture(url: str, config: ServeConfig, deadline: float) -> bytes:
     try:
         return await asyncio.wait_for(asyncio.to_thread(read_picture, url, config), max(0.01, deadline - monotonic()))
-    except (asyncio.TimeoutError, TimeoutError):
+    except TimeoutError:
         raise Refusal("the pictures did not arrive in time.", "image_url", 408) from None
 
 
