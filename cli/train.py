@@ -176,10 +176,7 @@ def print_start(start: Start) -> None:
         f"of {start.batches_per_step} x {start.batch_size} rows"
         f"{f', {start.done:,} of them done' if start.done else ''}"
     )
-    show.err.print(
-        f"training {learned.count:,} of {learned.total:,} parameters ({', '.join(learned.parts)}); "
-        f"about {show.size(start.memory)} of memory at the peak"
-    )
+    show.err.print(f"training {learned.count:,} of {learned.total:,} parameters ({', '.join(learned.parts)})")
     count = {kind: sum(n for _, k, n in start.sample if k == kind) for kind in ("visual", "target")}
     sample = Text(f"first row ({count['visual']} visual tokens, {count['target']} targets): ")
     for text, kind, _ in start.sample:

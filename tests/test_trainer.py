@@ -10,12 +10,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_llama3v.checkpoint import load_run
 from mlx_llama3v.data.records import Record
 from mlx_llama3v.data.rows import RowLayout, build_rows
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.errors import DataError, RunError
+from mlx_llama3v.model import quantize_decoder
 from mlx_llama3v.tensors import parameters
 from mlx_llama3v.text.prompt import Message
 from mlx_llama3v.train.config import TrainConfig
@@ -265,3 +267,114 @@ def test_the_stage_has_its_own_learning_rate() -> None:
     assert TrainConfig().resolved().learning_rate == 1e-3
     assert TrainConfig(stage="sft").resolved().learning_rate == 2e-4
     assert TrainConfig(learning_rate=3e-3).resolved().learning_rate == 3e-3
+
+
+def test_a_step_that_is_no_number_is_skipped_as_asked(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bad step of six: it changes nothing, its rows are told, and it is in no mean."""
+    from mlx_llama3v.train import trainer
+
+    gradients, calls = trainer.Step.gradients, [0]
+
+    def sometimes(self: Any, batch: Any) -> Any:
+        calls[0] += 1
+        loss, count, found = gradients(self, batch)
+        return (loss * float("nan") if calls[0] == 3 else loss), count, found
+
+    monkeypatch.setattr(trainer.Step, "gradients", sometimes)
+    seen: list[Any] = []
+    config = settings(on_nan="skip", lanes=1, steps_per_report=6, save_every=0)
+    result = run(config, store, tmp_path / "run", callbacks=Callbacks(skipped=seen.append))
+    assert [event.step for event in seen] == [3] and len(seen[0].skipped_rows) == 4
+    assert result.last is not None and result.last.skipped == 1 and np.isfinite(result.last.loss)
+    assert lines(tmp_path / "run")[0] == {"step": 3, "skipped_rows": list(seen[0].skipped_rows)}
+    calls[0] = 0
+    with pytest.raises(RunError, match="step 3: the loss is nan"):
+        run(replace(config, on_nan="stop"), store, tmp_path / "stop")
+
+
+def test_skipping_every_step_is_an_error(store: Store, tmp_path: Path) -> None:
+    model = tiny_model(scale=1.0)
+    model.language_model.lm_head.weight = mx.full(model.language_model.lm_head.weight.shape, float("nan"))
+    with pytest.raises(RunError, match="steps up to 2: not one of the last 2 had a loss"):
+        run(settings(on_nan="skip"), store, tmp_path / "run", model=model)
+
+
+def test_a_probe_without_a_gap_is_flagged() -> None:
+    assert not Evaluation(1, 2.0, 2.01, 2.5).looks and Evaluation(1, 2.0, 2.3, 2.5).looks
+    assert Evaluation(1, 2.0, 2.3, 2.1).gap == pytest.approx(0.1)
+    assert Evaluation(1, 2.0).looks and Evaluation(1, 2.0).gap is None
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(store: Store, tmp_path: Path) -> None:
+    run(settings(), store, tmp_path / "whole")
+    asked = iter([False, False, True])
+    result = run(settings(), store, tmp_path / "cut", callbacks=Callbacks(stop=lambda: next(asked)))
+    assert result.stopped == 3 and not (tmp_path / "cut" / "projector.safetensors").exists()
+    result = run(settings(), store, tmp_path / "cut", resume=True)
+    assert result.stopped is None
+    names = [tmp_path / name / "projector.safetensors" for name in ("whole", "cut")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def test_a_dry_run_tells_all_and_writes_nothing(store: Store, tmp_path: Path) -> None:
+    seen: list[Start] = []
+    result = run(settings(), store, tmp_path / "run", dry_run=True, callbacks=Callbacks(started=seen.append))
+    assert result.steps == 6 and seen[0].memory > 0 and not (tmp_path / "run").exists()
+
+
+def test_the_projector_learns_with_its_own_rate(store: Store, tmp_path: Path) -> None:
+    base = settings("sft", tune_projector=True, learning_rate=1e-2, iters=1, warmup=0.0, save_every=0)
+    before = tiny_model(scale=1.0).projector.markers
+    moved = {}
+    for rate in (1e-3, 1e-4):
+        model = tiny_model(scale=1.0)
+        result = run(replace(base, projector_learning_rate=rate), store, tmp_path / str(rate), model=model)
+        moved[rate] = float(mx.abs(model.projector.markers - before).max())
+        lora = dict(tree_flatten(model.language_model.trainable_parameters()))
+        assert max(float(mx.abs(v).max()) for n, v in lora.items() if n.endswith("lora_b")) == pytest.approx(
+            1e-2, rel=0.1
+        )
+    assert moved[1e-3] == pytest.approx(1e-3, rel=0.05) and moved[1e-4] == pytest.approx(1e-4, rel=0.05)
+    assert {name.partition(" ")[0] for name in result.trainable.parts} == {"projector", "decoder,"}
+    with pytest.raises(RunError, match="tune_projector is for stage sft"):
+        settings(tune_projector=True)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_a_decoder_of_four_bits_is_trained_on(stage: str, store: Store, tmp_path: Path) -> None:
+    model = tiny_model(scale=4.0 if stage == "pretrain" else 1.0)
+    quantize_decoder(model, bits=4, group_size=32)
+    before = copied(parameters(model.language_model))
+    config = settings(stage, iters=30, learning_rate=3e-2, save_every=0)
+    result = run(config, store, tmp_path / "run", model=model)
+    losses = [line["loss"] for line in lines(tmp_path / "run")]
+    assert losses[-1] < losses[0] - 0.2
+    after = {name.replace(".linear.", "."): value for name, value in copied(parameters(model.language_model)).items()}
+    assert all(after[name] == value for name, value in before.items())
+    assert any(name.endswith(".scales") for name in before)
+    assert result.trainable.count == sum(int(np.prod(shape)) for shape in result.trainable.shapes.values())
+    with pytest.raises(RunError, match="tune is 'full', but the decoder is quantized"):
+        run(settings("sft", tune="full"), store, tmp_path / "full", model=tiny_quantized())
+
+
+def tiny_quantized() -> Any:
+    model = tiny_model(scale=1.0)
+    quantize_decoder(model, bits=4, group_size=32)
+    return model
+
+
+def test_the_batch_size_can_follow_from_the_memory(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_llama3v import plan
+
+    seen: list[Start] = []
+    config = settings(batch_size=0, rows_per_step=8, iters=1)
+    monkeypatch.setattr(plan, "memory_limit", lambda: 1 << 40)
+    run(config, store, tmp_path / "roomy", callbacks=Callbacks(started=seen.append))
+    monkeypatch.setattr(plan, "memory_limit", lambda: 1)
+    with pytest.raises(RunError, match=r"one row of .* tokens needs about"):
+        run(config, store, tmp_path / "tight")
+    assert (seen[0].batch_size, seen[0].batches_per_step) == (8, 1)

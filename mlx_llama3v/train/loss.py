@@ -18,8 +18,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_llama3v.model import Llama3V
+from mlx_llama3v.platform import device_name
 
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 16 << 20  # of float32 logits
+GPU_CHUNKS = 8  # a GPU wants more rows in a product
 
 
 def loss_sum(
@@ -42,7 +44,7 @@ def loss_sum(
     states = model.train_hidden(vectors, segments, recompute=recompute)
     states, wanted = _pick(states.reshape(-1, states.shape[-1]), picks), _pick(targets.reshape(-1), picks)
     weight = weights(supervised, picks)
-    rows = max(1, CHUNK_BYTES // (4 * model.vocab_size))
+    rows = max(1, chunk_bytes() // (4 * model.vocab_size))
     total = mx.array(0.0)
     for start in range(0, len(picks), rows):
         chunk = tuple(part[start : start + rows] for part in (states, wanted, weight))
@@ -53,6 +55,11 @@ def loss_sum(
         else:
             total = total + _with_gradient(model, *chunk)
     return total
+
+
+def chunk_bytes() -> int:
+    """Bytes of logits that go through the head at once on this device."""
+    return CHUNK_BYTES if device_name() == "cpu" else GPU_CHUNKS * CHUNK_BYTES
 
 
 def weights(supervised: mx.array, picks: mx.array) -> mx.array:

@@ -9,7 +9,7 @@ from mlx_llama3v.model import Llama3V
 from mlx_llama3v.plan import Decoder, TrainJob
 from mlx_llama3v.tensors import parameters
 from mlx_llama3v.train.config import STAGES, TrainConfig
-from mlx_llama3v.train.loss import CHUNK_BYTES
+from mlx_llama3v.train.loss import chunk_bytes
 
 
 def training_job(model: Llama3V, config: TrainConfig, longest: int, learned: int | None = None) -> TrainJob:
@@ -38,7 +38,7 @@ def training_job(model: Llama3V, config: TrainConfig, longest: int, learned: int
         width=activation_dtype(model).size,
         recompute=config.grad_checkpoint,
         fused_attention=False,  # MLX 0.32 gives it up inside a gradient
-        chunk=CHUNK_BYTES,
+        chunk=chunk_bytes(),
     )
 
 
