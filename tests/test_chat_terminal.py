@@ -195,10 +195,10 @@ def test_on_a_terminal(directory: Path) -> None:
         terminal.wait("/ret.*ry")
         terminal.type("\r")
         terminal.wait("no question yet.*" + PROMPT)
-        for _ in range(20):  # until an answer was long enough to be stopped
+        for attempt in range(60):  # until an answer was long enough, and the signal fell into it
             terminal.type("Go on\r")
             terminal.wait(ENTERED)
-            time.sleep(0.05)
+            time.sleep(0.02 * (attempt % 12))
             os.kill(terminal.process.pid, signal.SIGINT)
             if "(stopped)" in terminal.wait(PROMPT):
                 break
