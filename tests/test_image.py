@@ -225,3 +225,54 @@ def test_squash_equals_the_hugging_face_processor(size: tuple[int, int], resampl
     if min(size) > 224:
         (other,) = cut(image, plans, ImageConfig(resample=5 - resample, image_std=(0.5, 0.4, 0.3)))
         assert np.abs(other - want).max() > 0.01
+
+
+def photo(width: int, height: int) -> Image.Image:
+    """Soft shapes with some texture, as a camera gives them; noise alone is what no small picture can keep."""
+    random = np.random.default_rng(1)
+    soft = Image.fromarray(random.integers(0, 256, (height // 40, width // 40, 3), dtype=np.uint8))
+    fine = random.normal(0, 6, (height, width, 3))
+    values = np.asarray(soft.resize((width, height), Image.Resampling.BICUBIC), np.float32) + fine
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+
+
+def drafted(content: bytes, target: tuple[int, int]) -> float:
+    """Mean difference, in grey levels, of resizing a JPEG that was decoded small and one that was decoded whole."""
+    whole, small = open_image(content, LIMIT), open_image(content, LIMIT, lambda _: target)
+    assert small.width < whole.width and min(small.width / target[0], small.height / target[1]) >= 2
+    one, other = (np.asarray(image.resize(target, Image.Resampling.BICUBIC), np.float32) for image in (whole, small))
+    return float(np.abs(one - other).mean())
+
+
+@pytest.mark.parametrize("target", [(448, 336), (224, 224), (300, 100)])
+def test_a_jpeg_decoded_small_is_within_three_grey_levels(target: tuple[int, int]) -> None:
+    assert drafted(encoded(photo(2000, 1500), "JPEG", quality=90), target) <= 3
+
+
+def test_a_jpeg_is_decoded_whole_where_it_is_needed_so() -> None:
+    content = encoded(photo(800, 600), "JPEG")
+    assert open_image(content, LIMIT, lambda _: (500, 400)).size == (800, 600)
+    assert open_image(encoded(photo(800, 600)), LIMIT, lambda _: (100, 80)).size == (800, 600)  # PNG
+
+
+def test_a_turned_jpeg_is_decoded_for_its_upright_size() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(photo(2000, 1000), "JPEG", exif=exif)
+    seen: list[tuple[int, int]] = []
+
+    def need(size: tuple[int, int]) -> tuple[int, int]:
+        seen.append(size)
+        return 100, 240
+
+    assert open_image(content, LIMIT, need).size == (250, 500) and seen == [(1000, 2000)]
+
+
+@needs_kit
+def test_photos_decoded_small() -> None:
+    found = {}
+    for path in sorted((KIT / "images" / "photos").glob("*.jp*g")):
+        width, height = image_size(path, LIMIT)
+        if min(width, height) >= 600:
+            found[path.name] = drafted(path.read_bytes(), (width // 5, height // 5))
+    assert found and max(found.values()) <= 3, found
