@@ -22,7 +22,8 @@
 12  max_kv_size ignored                test_inference.test_the_context_is_a_limit (the session counts, not the cache)
 13  two <|begin_of_text|>              test_chat_template.test_the_layout_writes_what_the_template_writes,
                                        test_export_hf.test_the_exported_prompt_has_one_bos_and_our_markers
-14  hidden_act for llama.cpp           no GGUF is written yet: there is nothing to test
+14  hidden_act for llama.cpp           test_export_gguf.test_trap_14_use_gelu_is_the_tanh_form,
+                                       test_llama_cpp.test_without_use_gelu_the_features_are_others
 """
 
 from __future__ import annotations
