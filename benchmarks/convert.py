@@ -73,7 +73,7 @@ def synthetic(directory: Path, gigabytes: float, shard: float) -> float:
 _CHILD = """
 import sys
 from mlx_llama3v.platform import peak_memory
-from mlx_llama3v.weights.convert import QuantConfig
+from mlx_llama3v.weights.quantize import QuantConfig
 from mlx_llama3v.weights.vlm import convert_vlm
 source, target, buffer, bits = sys.argv[1:]
 before = peak_memory()

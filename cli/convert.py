@@ -11,8 +11,9 @@ from mlx_llama3v.cli import show
 from mlx_llama3v.cli.options import MaxSlices, Offline, tiling
 from mlx_llama3v.config import TilingConfig
 from mlx_llama3v.errors import CheckpointError
-from mlx_llama3v.weights.convert import ConvertReport, QuantConfig
+from mlx_llama3v.weights.convert import ConvertReport
 from mlx_llama3v.weights.convert import convert as convert_checkpoints
+from mlx_llama3v.weights.quantize import RECIPES, QuantConfig
 from mlx_llama3v.weights.vlm import Plan, convert_vlm, plan_vlm
 
 
@@ -42,6 +43,11 @@ def convert(
         typer.Option("--q-group-size", help="Weights that share a scale; default 64, mxfp4: 32.", show_default=False),
     ] = None,
     q_mode: Annotated[str, typer.Option("--q-mode", help="affine or mxfp4.")] = "affine",
+    quant_predicate: Annotated[
+        str | None,
+        typer.Option("--quant-predicate", help=f"Mixed bits: {', '.join(RECIPES)}.", show_default=False),
+    ] = None,
+    q_vision: Annotated[bool, typer.Option("--q-vision", help="Quantize the blocks of the tower, too.")] = False,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; default: as stored.")
     ] = None,
@@ -70,7 +76,9 @@ def convert(
     or `llama3v-mlx convert --hf-path TIGER-Lab/Mantis-8B-siglip-llama3 -q`
     """
     group = q_group_size or (32 if q_mode == "mxfp4" else 64)
-    quant = QuantConfig(q_bits, group, q_mode) if quantize else None
+    if not quantize and (quant_predicate or q_vision):
+        raise CheckpointError("--quant-predicate and --q-vision say how to quantize; expected -q with them.")
+    quant = QuantConfig(q_bits, group, q_mode, quant_predicate, q_vision) if quantize else None
     if hf_path is not None:
         if vision is not None or llm is not None:
             raise CheckpointError("--hf-path is a whole model; leave --vision and --llm out.")

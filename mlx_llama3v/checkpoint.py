@@ -23,7 +23,7 @@ import mlx.nn as nn
 from mlx_llama3v.compat import linear_to_lora_layers
 from mlx_llama3v.config import ImageConfig, ModelConfig, SiglipTextConfig, VisionConfig, known
 from mlx_llama3v.errors import CheckpointError
-from mlx_llama3v.model import Llama3V, quantize_decoder
+from mlx_llama3v.model import Llama3V, quantize_layers
 from mlx_llama3v.platform import device_name
 from mlx_llama3v.projector import Projector
 from mlx_llama3v.tensors import (
@@ -119,13 +119,7 @@ def read_model(directory: str | Path) -> Llama3V:
     model = Llama3V(config)
     weights = model.sanitize(read_tensors(directory, ("projector.", "language_model.")))
     if config.quantization:
-        quantize_decoder(
-            model,
-            bits=config.quantization["bits"],
-            group_size=config.quantization["group_size"],
-            mode=config.quantization.get("mode", "affine"),
-            stored=weights,
-        )
+        quantize_layers(model, config.quantization, only="language_model.", stored=weights)
     load_into(model, weights, directory)
     model.eval()
     return model
@@ -146,10 +140,13 @@ def load_model(directory: str | Path, dtype: str | mx.Dtype | None = None) -> Ll
 def load_tower(directory: str | Path, dtype: str | mx.Dtype | None = None) -> VisionTower:
     """The vision tower of a model directory; `dtype` as in `load_model`. Raises CheckpointError."""
     directory = resolve(directory)
-    tower = VisionTower(load_config(directory).vision_config)
+    config = load_config(directory)
+    tower = VisionTower(config.vision_config)
     weights = read_tensors(directory, ("vision_tower.",))
     if not weights:
         raise CheckpointError(f"{directory} holds no vision tower (vision_tower.*); it can only read text.")
+    if config.quantization:
+        quantize_layers(tower, config.quantization, prefix="vision_tower.", stored=weights)
     load_into(tower, weights, directory, "vision_tower.")
     _cast(tower, dtype)
     mx.eval(tower.parameters())
@@ -176,6 +173,7 @@ def load_siglip(directory: str | Path, dtype: str | mx.Dtype | None = None) -> S
     if read_json(directory / "config.json").get("model_type") == "llama3v":
         config = load_config(directory)
         vision, text, image = config.vision_config, config.siglip_text_config, config.image
+        quantization = config.quantization
         tokenizer_files = directory / "siglip"
         weights = {}
         for theirs, ours in SIGLIP_NAMES.items():
@@ -183,10 +181,12 @@ def load_siglip(directory: str | Path, dtype: str | mx.Dtype | None = None) -> S
             weights.update({theirs + name.removeprefix(ours): value for name, value in stored.items()})
     else:
         vision, text, image = read_siglip_config(directory)
-        tokenizer_files, weights = directory, sanitize(read_tensors(directory))
+        tokenizer_files, weights, quantization = directory, sanitize(read_tensors(directory)), None
     if text is None:
         raise CheckpointError(f"{directory} has no SigLIP text tower; expected a full SigLIP checkpoint.")
     model = SiglipModel(vision, text)
+    if quantization:
+        quantize_layers(model, quantization, stored=weights)
     load_into(model, weights, directory)
     tokenizer = SiglipTokenizer(tokenizer_files, text.max_position_embeddings)
     _cast(model, dtype)

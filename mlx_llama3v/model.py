@@ -7,7 +7,7 @@ padding mask, which would replace the causal one: pad rows at the end.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -134,24 +134,44 @@ def _recomputed(layer: nn.Module, vectors: mx.array, mask: Any) -> mx.array:
     return call(layer.trainable_parameters(), vectors, *masks)
 
 
-def quantize_decoder(
-    model: Llama3V,
-    *,
-    bits: int = 4,
-    group_size: int = 64,
-    mode: str = "affine",
-    stored: Container[str] | None = None,
-) -> dict[str, Any]:
-    """Quantize the decoder's linear layers and embedding in place; the projector stays float32.
+def layer_setting(setting: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Bits, group size and mode of one layer: the entry under its name, else the one for all."""
+    base = {key: setting[key] for key in ("group_size", "bits")} | {"mode": setting.get("mode", "affine")}
+    return {**base, **setting.get(name, {})}
 
-    `stored`: tensor names of a quantized checkpoint; only layers that have scales there are converted.
-    Returns what `ModelConfig.quantization` keeps. Layers whose width is no multiple of `group_size` are left.
+
+def quantize_layers(
+    module: nn.Module,
+    setting: Mapping[str, Any],
+    *,
+    prefix: str = "",
+    only: str = "",
+    stored: Container[str] | None = None,
+) -> None:
+    """Quantize linear layers and embeddings in place, as `ModelConfig.quantization` says.
+
+    `prefix` is what stands before the module's names in a model directory; `only` names that begin so are taken;
+    `stored`: tensor names of a quantized checkpoint, only layers that have scales there are converted. Layers whose
+    width is no multiple of the group are left.
     """
 
-    def wanted(path: str, module: nn.Module) -> bool:
-        if not path.startswith("language_model.") or not hasattr(module, "to_quantized"):
+    def wanted(path: str, layer: nn.Module) -> bool | dict[str, Any]:
+        if not path.startswith(only) or not hasattr(layer, "to_quantized"):
             return False
-        return module.weight.shape[-1] % group_size == 0 and (stored is None or f"{path}.scales" in stored)
+        own = layer_setting(setting, prefix + path)
+        if layer.weight.shape[-1] % own["group_size"] or (
+            stored is not None and f"{prefix}{path}.scales" not in stored
+        ):
+            return False
+        return own
 
-    nn.quantize(model, group_size, bits, mode=mode, class_predicate=wanted)
-    return {"group_size": group_size, "bits": bits, "mode": mode}
+    nn.quantize(module, class_predicate=wanted)
+
+
+def quantize_decoder(
+    model: Llama3V, *, bits: int = 4, group_size: int = 64, mode: str = "affine", stored: Container[str] | None = None
+) -> dict[str, Any]:
+    """Quantize the decoder alike throughout, in place; returns what `ModelConfig.quantization` keeps."""
+    setting = {"group_size": group_size, "bits": bits, "mode": mode}
+    quantize_layers(model, setting, only="language_model.", stored=stored)
+    return setting

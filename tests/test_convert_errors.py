@@ -13,7 +13,8 @@ import pytest
 
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.tensors import INDEX
-from mlx_llama3v.weights.convert import QuantConfig, convert
+from mlx_llama3v.weights.convert import convert
+from mlx_llama3v.weights.quantize import QuantConfig
 from tests.hf_edit import contents, copy, edit, edit_json
 from tests.hf_llama import make_llama
 from tests.hf_siglip import make_siglip

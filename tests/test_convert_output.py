@@ -18,7 +18,8 @@ from mlx_llama3v.tensors import INDEX, read_tensors
 from mlx_llama3v.vision.siglip import sanitize
 from mlx_llama3v.weights import llama as llama_files
 from mlx_llama3v.weights import siglip as siglip_files
-from mlx_llama3v.weights.convert import QuantConfig, convert
+from mlx_llama3v.weights.convert import convert
+from mlx_llama3v.weights.quantize import QuantConfig
 from tests.hf_edit import contents, copy, edit, edit_json
 from tests.hf_llama import make_llama
 from tests.hf_parity import IDS, distance, hf_logits, logits

@@ -12,7 +12,7 @@ import pytest
 from mlx_llama3v.checkpoint import load_config
 from mlx_llama3v.config import ModelConfig
 from mlx_llama3v.errors import CheckpointError
-from mlx_llama3v.weights.convert import QuantConfig
+from mlx_llama3v.weights.quantize import QuantConfig
 from mlx_llama3v.weights.vlm import convert_vlm, plan_vlm
 from tests.hf_edit import copy, edit, edit_json
 from tests.hf_llava import make_llava

@@ -20,11 +20,12 @@ from mlx_llama3v.config import TilingConfig
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.inference import load
 from mlx_llama3v.weights import TINY
-from mlx_llama3v.weights.convert import QuantConfig, convert
+from mlx_llama3v.weights.convert import convert
 from mlx_llama3v.weights.gguf_export import export_gguf
 from mlx_llama3v.weights.gguf_file import TYPES
 from mlx_llama3v.weights.gguf_text import pre_tokenizer, rope_factors
 from mlx_llama3v.weights.hf_files import chat_template
+from mlx_llama3v.weights.quantize import QuantConfig
 from tests.family_parity import gap
 from tests.hf_edit import edit
 from tests.hf_llama import LLAMA3_SCALING, make_llama

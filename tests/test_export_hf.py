@@ -18,8 +18,9 @@ from mlx_llama3v.config import TilingConfig
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.inference import load
 from mlx_llama3v.tensors import read_tensors
-from mlx_llama3v.weights.convert import QuantConfig, convert
+from mlx_llama3v.weights.convert import convert
 from mlx_llama3v.weights.export import export_hf
+from mlx_llama3v.weights.quantize import QuantConfig
 from mlx_llama3v.weights.vlm import convert_vlm
 from tests.family_parity import answer, gap, without_stop
 from tests.hf_edit import edit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,14 +13,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_llama3v.checkpoint import load_config, load_model
+from mlx_llama3v.checkpoint import load_config, load_model, load_siglip
 from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.model import layer_setting
 from mlx_llama3v.tensors import read_tensors
-from mlx_llama3v.weights.convert import QuantConfig, convert
+from mlx_llama3v.weights import TINY
+from mlx_llama3v.weights.convert import convert
 from mlx_llama3v.weights.probe import logits
+from mlx_llama3v.weights.quantize import RECIPES, QuantConfig
 from mlx_llama3v.weights.vlm import convert_vlm
 from tests.hf_llama import LLAMA3_SCALING, make_llama
 from tests.hf_llava import make_llava
+from tests.hf_parity import features
 from tests.hf_siglip import make_siglip
 
 
@@ -105,3 +110,72 @@ def test_an_error_in_the_middle_leaves_nothing(llava: Path, tmp_path: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         convert_vlm(llava, tmp_path / "model", progress=stop)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_mixed_recipes_are_mlx_lms(recipe: str) -> None:
+    """Layer for layer, for an 8B's 32 blocks and for others."""
+    from mlx_lm.convert import mixed_quant_predicate_builder
+    from mlx_lm.models.llama import Model, ModelArgs
+
+    for layers in (1, 16, 28, 32):
+        small = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1, "rms_norm_eps": 1e-5}
+        text = {**small, "model_type": "llama", "num_hidden_layers": layers, "vocab_size": 64}
+        model = Model(ModelArgs.from_dict({**text, "tie_word_embeddings": False}))
+        theirs = mixed_quant_predicate_builder(recipe, model, 32)
+        setting = QuantConfig(4, 32, recipe=recipe).setting(layers)
+        for name, module in model.named_modules():
+            if hasattr(module, "to_quantized"):
+                assert layer_setting(setting, f"language_model.{name}") == theirs(name, module), name
+
+
+def test_a_mixed_model_lies_between_and_is_read_back(tmp_path: Path) -> None:
+    llm, vision = make_llama(tmp_path / "llm", layers=8), make_siglip(tmp_path / "vision")
+    found = {}
+    for name, quantize in (
+        ("low", QuantConfig(3, 32)),
+        ("mixed", QuantConfig(4, 32, recipe="mixed_3_6")),
+        ("high", QuantConfig(6, 32)),
+    ):
+        found[name] = report = convert(vision, llm, tmp_path / name, quantize=quantize)
+        assert report.probe is not None
+        ids = mx.array([[300, 5, 9, 200, 17]])
+        seen = logits(read_tensors(tmp_path / name, ("language_model.",)), load_config(tmp_path / name), ids)
+        assert np.abs(np.array(seen) - np.array(load_model(tmp_path / name)(ids))[0]).max() < 1e-4
+    assert found["low"].bits_per_weight < found["mixed"].bits_per_weight < found["high"].bits_per_weight
+    changes = [found[name].probe.change for name in ("low", "mixed", "high")]  # type: ignore[union-attr]
+    assert changes == sorted(changes, reverse=True)
+    counts = {name: report.parameters["language_model"] for name, report in found.items()}
+    assert len(set(counts.values())) == 1  # packed weights are counted as what they stand for
+    bits = {layer.name: layer.bits for layer in found["mixed"].layers}
+    assert bits["language_model.lm_head"] == 6 and bits["language_model.model.layers.1.self_attn.v_proj"] == 3
+    assert bits["language_model.model.layers.0.mlp.down_proj"] == 6
+
+
+def test_the_tower_is_quantized_only_where_asked(tmp_path: Path) -> None:
+    """Its blocks, not its patches, positions and head; features stay close and the whole SigLIP is still read."""
+    llm, vision = make_llama(tmp_path / "llm"), make_siglip(tmp_path / "vision", hidden=64, intermediate_size=131)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / "siglip" / name, vision)
+    plain = convert(vision, llm, tmp_path / "plain", quantize=QuantConfig(8, 32))
+    report = convert(vision, llm, tmp_path / "asked", quantize=QuantConfig(8, 32, vision=True))
+    assert not [name for name in read_tensors(plain.path) if "tower" in name and name.endswith("scales")]
+    scales = [name for name in read_tensors(report.path) if "tower" in name and name.endswith("scales")]
+    assert len(scales) == 3 * 5 and all("encoder.layers" in name for name in scales)  # fc2's rows are 131 wide
+    assert report.bytes["vision_tower"] < plain.bytes["vision_tower"]
+    assert report.parameters == plain.parameters
+    assert {layer.bits for layer in report.layers if layer.name.startswith("vision_tower")} == {8, None}
+    a, b = features(plain.path), features(report.path)
+    assert 1e-6 < np.abs(a - b).max() < 0.05 * np.abs(a).max()
+    assert load_siglip(report.path).model
+    with pytest.raises(CheckpointError, match="quantized"):
+        from mlx_llama3v.weights.export import export_hf
+
+        export_hf(report.path, tmp_path / "out")
+
+
+def test_recipes_that_do_not_exist() -> None:
+    with pytest.raises(CheckpointError, match="mixed_5_7"):
+        QuantConfig(recipe="mixed_5_7")
+    with pytest.raises(CheckpointError, match="affine"):
+        QuantConfig(4, 32, "mxfp4", recipe="mixed_4_6")

@@ -21,8 +21,9 @@ from mlx_llama3v.compat import linear_to_lora_layers
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.tensors import read_tensors
-from mlx_llama3v.weights.convert import QuantConfig, convert
+from mlx_llama3v.weights.convert import convert
 from mlx_llama3v.weights.fuse import fuse
+from mlx_llama3v.weights.quantize import QuantConfig
 from tests.hf_edit import contents, edit_json
 from tests.hf_llama import make_llama
 from tests.hf_parity import IDS, distance, logits

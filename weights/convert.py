@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
 from mlx_llama3v.checkpoint import check_output, parse_dtype, resolve, save_model
 from mlx_llama3v.config import ModelConfig, ProjectorConfig, TilingConfig
 from mlx_llama3v.errors import CheckpointError
-from mlx_llama3v.model import Llama3V, quantize_decoder
+from mlx_llama3v.model import Llama3V, quantize_layers
 from mlx_llama3v.tensors import SHARD_BYTES, mismatches, parameters, refuse
 from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.weights import llama as llama_files
@@ -29,40 +28,8 @@ from mlx_llama3v.weights.card import model_card
 from mlx_llama3v.weights.licences import licence_of
 from mlx_llama3v.weights.llama import LlamaSource, read_llama
 from mlx_llama3v.weights.probe import Probe, probe
+from mlx_llama3v.weights.quantize import LayerReport, QuantConfig, measure, quantize_model, quantize_tower
 from mlx_llama3v.weights.siglip import SiglipSource, read_siglip
-
-
-@dataclass(frozen=True)
-class QuantConfig:
-    """Group quantization of the decoder (`-q`); tower and projector keep their precision."""
-
-    bits: int = 4
-    group_size: int = 64
-    mode: str = "affine"  # affine, or mxfp4: 4-bit floats in groups of 32 with a shared exponent
-
-    def __post_init__(self) -> None:
-        if self.mode == "mxfp4":
-            if (self.bits, self.group_size) != (4, 32):
-                raise CheckpointError(
-                    f"mxfp4 has 4 bits in groups of 32; {self.bits} bits in groups of {self.group_size} were asked for."
-                )
-            return
-        if self.mode != "affine":
-            raise CheckpointError(f"quantization mode is {self.mode!r}; expected affine or mxfp4.")
-        if self.bits not in (2, 3, 4, 5, 6, 8) or self.group_size not in (32, 64, 128):
-            raise CheckpointError(
-                f"cannot quantize to {self.bits} bits in groups of {self.group_size}; "
-                "expected 2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128."
-            )
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One layer that could be quantized; `bits` is None where its width is no multiple of the group."""
-
-    name: str
-    bits: int | None
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -118,7 +85,7 @@ def convert(
         marker_ids=_marker_ids(llama),
         eos_token_ids=llama.eos_token_ids,
         siglip_text_config=siglip.text,
-        quantization=asdict(quantize) if quantize else llama.quantization,
+        quantization=quantize.setting(llama.config["num_hidden_layers"]) if quantize else llama.quantization,
         sources={
             "vision": source_name(vision),
             "llm": source_name(llm),
@@ -195,8 +162,7 @@ def _weights(
     model = Llama3V(config)
     decoder = model.language_model
     if llama.quantization:
-        setting = llama.quantization
-        quantize_decoder(model, bits=setting["bits"], group_size=setting["group_size"], stored=llama.weights)
+        quantize_layers(model, llama.quantization, only=llama_files.PREFIX, stored=llama.weights)
     found = model.sanitize(llama.weights)
     named = {name.removeprefix(llama_files.PREFIX): value for name, value in found.items()}
     phrases = [f"--vision: {text}" for text in siglip.problems]
@@ -209,27 +175,15 @@ def _weights(
         decoder.set_dtype(wanted)
         # logit_scale and logit_bias are two numbers; rounding them would buy nothing.
         tower = {name: v if name.startswith("logit_") else v.astype(wanted) for name, v in tower.items()}
-    layers = quantize_model(model, quantize) if quantize else ()
+    layers: tuple[LayerReport, ...] = ()
+    if quantize and config.quantization:
+        layers = quantize_model(model, config.quantization)
+        if quantize.vision:
+            tower, more = quantize_tower(tower, config.vision_config, config.quantization)
+            layers += more
     siglip.weights.clear()
     llama.weights.clear()
     return {**tower, **parameters(model)}, layers
-
-
-def quantize_model(model: Llama3V, quantize: QuantConfig) -> tuple[LayerReport, ...]:
-    """Quantize the decoder in place. Raises CheckpointError where no layer can be."""
-    names = [name for name, module in model.named_modules() if hasattr(module, "to_quantized")]
-    quantize_decoder(model, bits=quantize.bits, group_size=quantize.group_size, mode=quantize.mode)
-    modules = dict(model.named_modules())
-    layers = []
-    for name in sorted(name for name in names if name.startswith(llama_files.PREFIX)):
-        held = parameters(modules[name])
-        size = sum(value.nbytes for value in held.values())
-        layers.append(LayerReport(name, quantize.bits if "scales" in held else None, size))
-    if all(layer.bits is None for layer in layers):
-        raise CheckpointError(
-            f"no layer of the decoder can be quantized: no width is a multiple of --q-group-size {quantize.group_size}."
-        )
-    return tuple(layers)
 
 
 def report_of(
@@ -239,22 +193,6 @@ def report_of(
     counts, sizes = measure(weights, config.quantization)
     decoder = 8 * sizes["language_model"] / counts["language_model"]
     return ConvertReport(target, config, counts, sizes, layers, decoder)
-
-
-def measure(
-    weights: Mapping[str, mx.array], quantization: Mapping[str, Any] | None
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Parameters and bytes of each part, from shapes alone: packed weights count as what they stand for."""
-    counts: dict[str, int] = {}
-    sizes: dict[str, int] = {}
-    for name, value in weights.items():
-        part = "text_tower" if name.startswith("logit_") else name.partition(".")[0]
-        sizes[part] = sizes.get(part, 0) + value.nbytes
-        if quantization and value.dtype == mx.uint32:
-            counts[part] = counts.get(part, 0) + value.size * 32 // quantization["bits"]
-        elif not name.endswith((".scales", ".biases")):
-            counts[part] = counts.get(part, 0) + value.size
-    return counts, sizes
 
 
 def check_space(target: Path, total: int) -> None:

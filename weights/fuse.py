@@ -12,7 +12,8 @@ from mlx.utils import tree_unflatten
 from mlx_llama3v.checkpoint import check_output, load_run, read_model, resolve, run_pool, save_model
 from mlx_llama3v.tensors import SHARD_BYTES, parameters, read_tensors
 from mlx_llama3v.weights.card import RunFacts, model_card
-from mlx_llama3v.weights.convert import drain, measure
+from mlx_llama3v.weights.convert import drain
+from mlx_llama3v.weights.quantize import measure
 
 _REMADE = ("config.json", "README.md", "model*.safetensors*", ".*")
 

@@ -12,8 +12,8 @@ from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.tensors import read_tensors, write_text
 from mlx_llama3v.version import __version__
 from mlx_llama3v.weights.card import RunFacts, model_card
-from mlx_llama3v.weights.convert import measure
 from mlx_llama3v.weights.fuse import fuse
+from mlx_llama3v.weights.quantize import measure
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_llama3v.config import ModelConfig
-from mlx_llama3v.model import Llama3V, quantize_decoder
+from mlx_llama3v.model import Llama3V, quantize_layers
 from mlx_llama3v.platform import device_name
 from mlx_llama3v.tensors import read_tensors
 from mlx_llama3v.text.tokens import Tokens
@@ -45,22 +45,16 @@ def probe(before: dict[str, mx.array], model_dir: Path, config: ModelConfig) -> 
 
 def logits(weights: dict[str, mx.array], config: ModelConfig, ids: mx.array) -> mx.array:
     """ids [1, L] -> float32 logits [L, V] of the decoder `weights`, which are consumed."""
-    shell = Llama3V(replace(config, text_config={**config.text_config, "num_hidden_layers": 1}))
-    if config.quantization:
-        quantize_decoder(
-            shell,
-            bits=config.quantization["bits"],
-            group_size=config.quantization["group_size"],
-            mode=config.quantization.get("mode", "affine"),
-            stored=frozenset(weights),
-        )
+    stored = frozenset(weights)
+    shell = _shell(config, 0, stored)
     decoder: Any = shell.language_model
     _take(decoder.model.embed_tokens, weights, f"{_MODEL}embed_tokens.")
     x = decoder.model.embed_tokens(ids)
     mx.eval(x)
     for number in range(config.text_config["num_hidden_layers"]):
-        _take(decoder.layers[0], weights, f"{_MODEL}layers.{number}.")
-        x = decoder.layers[0](x, "causal", None)
+        block: Any = _shell(config, number, stored).language_model.layers[0]
+        _take(block, weights, f"{_MODEL}layers.{number}.")
+        x = block(x, "causal", None)
         mx.eval(x)
     _take(decoder.model.norm, weights, f"{_MODEL}norm.")
     if not decoder.args.tie_word_embeddings:
@@ -68,6 +62,19 @@ def logits(weights: dict[str, mx.array], config: ModelConfig, ids: mx.array) -> 
     found = shell.logits(decoder.model.norm(x))[0].astype(mx.float32)
     mx.eval(found)
     return found
+
+
+def _shell(config: ModelConfig, number: int, stored: frozenset[str]) -> Llama3V:
+    """A model of one block, quantized as block `number` is; its tensors are to be filled in."""
+    shell = Llama3V(replace(config, text_config={**config.text_config, "num_hidden_layers": 1}))
+    if config.quantization:
+        old, new = f"{_MODEL}layers.{number}.", f"{_MODEL}layers.0."
+        setting = {
+            k.replace(old, new): v for k, v in config.quantization.items() if number == 0 or not k.startswith(new)
+        }
+        moved = frozenset(k.replace(old, new) for k in stored if number == 0 or not k.startswith(new))
+        quantize_layers(shell, setting, only="language_model.", stored=moved)
+    return shell
 
 
 def _take(module: nn.Module, weights: dict[str, mx.array], prefix: str) -> None:

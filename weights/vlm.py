@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -25,13 +25,10 @@ from mlx_llama3v.weights import bunny, hf_llava, minicpm, vila, vision_alpha
 from mlx_llama3v.weights.card import model_card
 from mlx_llama3v.weights.convert import (
     ConvertReport,
-    LayerReport,
-    QuantConfig,
     check_space,
     drain,
     matching,
     pixels_file,
-    quantize_model,
     report_of,
     source_name,
 )
@@ -39,6 +36,7 @@ from mlx_llama3v.weights.export import KEPT, kept_config, restore
 from mlx_llama3v.weights.family import Family, Renamed, Source, is_clip, rename
 from mlx_llama3v.weights.licences import licence_of
 from mlx_llama3v.weights.probe import probe
+from mlx_llama3v.weights.quantize import LayerReport, QuantConfig, quantize_model, quantize_tower
 from mlx_llama3v.weights.siglip import rename as siglip_names
 
 FAMILIES: tuple[Family, ...] = (
@@ -96,6 +94,8 @@ def plan_vlm(
     source, family, config = _open(hf_path, prompt_layout, vision_mode, offline)
     renamed, weights, problems = _weights(source, family, config)
     before = sum(value.nbytes for value in source.tensors.values())
+    if quantize:
+        config = replace(config, quantization=quantize.setting(config.text_config["num_hidden_layers"]))
     finished, _ = ({}, ()) if problems else _finish(config, weights, quantize, dtype)
     after = sum(value.nbytes for value in finished.values())
     return Plan(family, config, renamed, tuple(problems), before, after)
@@ -124,7 +124,7 @@ def convert_vlm(
     renamed, weights, problems = _weights(source, family, config)
     refuse([*(f"left over {name}" for name in renamed.unknown), *problems], source.directory)
     if quantize:
-        config = replace(config, quantization=asdict(quantize))
+        config = replace(config, quantization=quantize.setting(config.text_config["num_hidden_layers"]))
     source.tensors.clear()
     finished, layers = _finish(config, weights, quantize, dtype)
     weights.clear()  # or a tensor's memory would not be free once it is written
@@ -228,7 +228,12 @@ def _finish(
     model.load_weights(list(rest.items()))
     if wanted:
         model.language_model.set_dtype(wanted)
-    layers = quantize_model(model, quantize) if quantize else ()
+    layers: tuple[LayerReport, ...] = ()
+    if quantize and config.quantization:
+        layers = quantize_model(model, config.quantization)
+        if quantize.vision:
+            tower, more = quantize_tower(tower, config.vision_config, config.quantization)
+            layers += more
     return {**tower, **parameters(model)}, layers
 
 
