@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Iterable
 from importlib import import_module
 
@@ -55,6 +56,8 @@ def build(commands: Iterable[str] = COMMANDS) -> typer.Typer:
 
 def run() -> None:
     """Run the command line; every expected failure ends in one sentence on stderr and a non-zero status."""
+    # Pillow warns of what it mends (a broken EXIF block); what it cannot mend is listed with its reason.
+    warnings.filterwarnings("ignore", module="PIL")
     words = [word for word in sys.argv[1:] if word == "--version" or not word.startswith("-")]
     # Importing all commands takes seconds (mlx-lm brings transformers): import the one that is asked for.
     wanted = [name for name in COMMANDS if words[:1] in ([name], [])]

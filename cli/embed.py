@@ -12,6 +12,7 @@ from mlx_llama3v.cli import show
 from mlx_llama3v.cli.options import Config, MaxSlices, Model, Offline
 from mlx_llama3v.data.records import Problem
 from mlx_llama3v.embeddings.codec import DEFAULT as DEFAULT_CODEC
+from mlx_llama3v.embeddings.embed import EmbedProgress
 from mlx_llama3v.errors import DataError
 from mlx_llama3v.estimate import Estimate
 from mlx_llama3v.stages import EmbedReport, embed_data, estimate_data
@@ -105,10 +106,19 @@ def embed(
             **settings,
             check_disk=check_disk,
             shard_bytes=shard_size << 20,
-            progress=lambda p: bar.update(p.done, p.total, f"{p.slices:,} slices, {show.size(p.bytes)}"),
+            progress=lambda p: bar.update(p.done, p.total, _note(p)),
         )
     print_report(report)
     _check_all_read(strict, len(report.problems), "could not be read")
+
+
+def _note(progress: EmbedProgress) -> str:
+    """Slices and bytes so far, their rate, and whether the encoder has to wait for pictures."""
+    seconds = max(progress.seconds, 1e-9)
+    return (
+        f"{progress.slices / seconds:,.1f} slices/s, {show.size(progress.bytes)}, "
+        f"{progress.waiting_seconds / seconds:.0%} waiting for pictures"
+    )
 
 
 def _check_all_read(strict: bool, count: int, what: str) -> None:
@@ -155,5 +165,10 @@ def print_report(report: EmbedReport) -> None:
     show.out.print(
         f"{summary.new:,} pictures encoded ({summary.slices:,} slices), {summary.reused:,} were there, "
         f"{summary.failed:,} could not be read, in {show.duration(summary.seconds)}."
+    )
+    found = report.to_dict()
+    show.out.print(
+        f"{found['slices_per_second']:,.1f} slices/s, {found['images_per_second']:,.1f} images/s, "
+        f"{found['waiting_share']:.0%} of the time waiting for pictures, peak memory {show.size(found['peak_memory'])}."
     )
     show.out.print(f"Store: {report.store} ({info['images']:,} images, {show.size(info['bytes'])}, {info['codec']})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -18,18 +19,22 @@ from mlx_llama3v.data.sources import Refused
 from mlx_llama3v.embeddings.codec import DEFAULT as DEFAULT_CODEC
 from mlx_llama3v.embeddings.embed import EmbedProgress, EmbedSummary, embed_images
 from mlx_llama3v.embeddings.ranks import Ranks
+from mlx_llama3v.embeddings.shard import write_atomic
 from mlx_llama3v.embeddings.store import MANIFEST, Reader, Store
 from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.encoder import load_encoder, load_post
 from mlx_llama3v.errors import DataError, RunError, StoreError
 from mlx_llama3v.estimate import Estimate, Form
 from mlx_llama3v.model import Llama3V
+from mlx_llama3v.platform import machine, peak_memory
 from mlx_llama3v.projected import projector_digest, stored_config
 from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.train.evaluate import hold_out
 from mlx_llama3v.train.report import Callbacks
 from mlx_llama3v.train.trainer import TrainResult, train
+
+SUMMARY = "summary.json"  # in a store: what the last `embed` did
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,18 @@ class EmbedReport:
     summary: EmbedSummary
     info: dict[str, Any]
     problems: tuple[Problem, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: what was done, at which rates, with how much memory, on which machine."""
+        summary = self.summary
+        seconds = max(summary.seconds, 1e-9)
+        rates = {
+            "slices_per_second": summary.slices / seconds,
+            "images_per_second": (summary.new + summary.duplicates + summary.failed) / seconds,
+            "waiting_share": summary.waiting_seconds / seconds,
+        }
+        known = {"peak_memory": peak_memory(), "store": self.info, "problems": len(self.problems)}
+        return {**asdict(summary), **rates, **known, "machine": machine()}
 
 
 def estimate_data(
@@ -114,6 +131,8 @@ def embed_data(
 ) -> EmbedReport:
     """Encode every picture of `data` (see data.dataset.read_data) into the store `output`.
 
+    `summary.json` in the store then says what this run did (of several processes: the first one's part).
+
     A store that exists goes on. Raises UserError: no such data, a store of another encoder, a full disk.
 
     Args:
@@ -139,7 +158,10 @@ def embed_data(
     ranks.collect()
     store = Store(output)
     failed = [Problem(name, reason) for name, reason in store.failures.items() if name in images]
-    return EmbedReport(output, summary, store.info(), (*read.problems, *failed))
+    report = EmbedReport(output, summary, store.info(), (*read.problems, *failed))
+    if ranks.rank == 0:
+        write_atomic(output / SUMMARY, [(json.dumps(report.to_dict(), indent=2) + "\n").encode()])
+    return report
 
 
 def picture_names(data: Path) -> list[str]:

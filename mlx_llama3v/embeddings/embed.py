@@ -47,6 +47,7 @@ class EmbedProgress:
     total: int
     slices: int  # encoded
     bytes: int  # of embeddings made, as stored
+    seconds: float
     waiting_seconds: float  # that the encoder waited for pictures
 
 
@@ -102,7 +103,8 @@ class _Run:
 
     def progress(self) -> EmbedProgress:
         done = self.new + self.duplicates + self.reused + self.failed
-        return EmbedProgress(done, self.total, self.slices, self.bytes, self.waiting_seconds)
+        seconds = time.perf_counter() - self.started
+        return EmbedProgress(done, self.total, self.slices, self.bytes, seconds, self.waiting_seconds)
 
     def summary(self) -> EmbedSummary:
         counts = {f.name: getattr(self, f.name) for f in fields(EmbedSummary) if f.name != "seconds"}
