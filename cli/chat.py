@@ -21,7 +21,7 @@ from mlx_llama3v.cli.options import (
     settings_options,
     split_settings,
 )
-from mlx_llama3v.cli.terminal import typed_lines
+from mlx_llama3v.cli.terminal import CONTROLS, typed_lines
 from mlx_llama3v.cli.transcript import Exchange, from_markdown, to_markdown
 from mlx_llama3v.errors import DataError, UserError
 from mlx_llama3v.inference import Answer, Memory, Picture, Sampling, Session
@@ -204,7 +204,7 @@ class Conversation:
         before = len(self.session.turns)
         try:
             for piece in self.session.ask(text, pictures, self.sampling):
-                _say(piece.text)
+                _say(piece.text.translate(CONTROLS))
                 self.last = piece.answer or self.last
         except KeyboardInterrupt:
             _say(" (stopped)")

@@ -20,6 +20,7 @@ from mlx_llama3v.cli.options import (
     settings_options,
     split_settings,
 )
+from mlx_llama3v.cli.terminal import CONTROLS
 from mlx_llama3v.errors import DataError
 from mlx_llama3v.inference import Answer, Memory, Picture, Sampling, Session
 from mlx_llama3v.inference.jobs import Result, answer_jobs, read_jobs, unanswered, write_results
@@ -70,7 +71,7 @@ def generate(
         if memory.kv_bits:
             raise DataError("--kv-bits goes with --prompt; batches keep their keys and values whole.")
         session = open_session(model, run, system_prompt, max_slices, offline, memory)
-        _many(session, prompts, output, image_folder, sampling, batch_size)
+        _many(session, prompts, output, image_folder, sampling, batch_size, verbose)
         return
     text = sys.stdin.read() if prompt == "-" else prompt
     images: list[Picture] = [sys.stdin.buffer.read() if name == "-" else name for name in image or []]
@@ -80,10 +81,11 @@ def generate(
 
 def _one(session: Session, text: str, images: list[Picture], sampling: Sampling, json: bool, verbose: bool) -> None:
     answer: Answer | None = None
+    hidden = CONTROLS if sys.stdout.isatty() else {}  # a file gets the answer as it is
     for piece in session.ask(text, images, sampling):
         answer = piece.answer or answer
         if not json:
-            sys.stdout.write(piece.text)
+            sys.stdout.write(piece.text.translate(hidden))
             sys.stdout.flush()
     assert answer is not None  # the last piece carries it
     if json:
@@ -97,7 +99,13 @@ def _one(session: Session, text: str, images: list[Picture], sampling: Sampling,
 
 
 def _many(
-    session: Session, prompts: str, output: str, image_folder: Path | None, sampling: Sampling, batch_size: int
+    session: Session,
+    prompts: str,
+    output: str,
+    image_folder: Path | None,
+    sampling: Sampling,
+    batch_size: int,
+    verbose: bool,
 ) -> None:
     if prompts == "-":
         jobs = read_jobs(sys.stdin, "stdin", image_folder or Path())
@@ -122,6 +130,8 @@ def _many(
             if result.error:
                 show.err.print(f"{result.job.id}: {result.error}")
             bar.update(done, len(left))
+            if verbose and result.answer:
+                show.err.print(f"{result.job.id}\n{show.answer_stats(result.answer)}")
 
         found, failed = write_results(answer_jobs(session, left, sampling, batch_size), out, tell)
     say = show.err if output == "-" else show.out

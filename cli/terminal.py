@@ -10,6 +10,9 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion, Path
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import InMemoryHistory
 
+# An answer is shown, never obeyed: a picture could make the model write what moves the cursor or renames the window.
+CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
+
 
 def typed_lines(commands: Mapping[str, bool]) -> Iterator[str]:
     """Lines until Ctrl-D or the pipe's end. `commands`: for each whether a file follows it."""

@@ -24,6 +24,17 @@ from tests.hf_llama import tiny_tokenizer, write_tokenizer
 from tests.tiny_model import tiny_model, tiny_tokens
 
 MODEL = "tiny"
+# The command line in a process of its own, with a model that never ends an answer by itself.
+ENDLESS_CLI = """
+from mlx_llama3v.cli import main
+from mlx_llama3v.text.tokens import Tokens
+begin = Tokens.__init__
+def without_stop(self, *args, **more):
+    begin(self, *args, **more)
+    self.stop = frozenset()
+Tokens.__init__ = without_stop
+main()
+"""
 
 
 def make_directory(path: Path, context: int = 4000) -> Path:
@@ -65,6 +76,18 @@ class Served:
     url: str
     worker: Any
     session: Session
+
+
+def post(served: Served, body: Any, **more: Any):
+    """A chat request; its response."""
+    import httpx
+
+    more.setdefault("timeout", 20)
+    return httpx.post(f"{served.url}/v1/chat/completions", json=body, **more)
+
+
+def asked(*images: bytes | str, **more: Any) -> dict[str, Any]:
+    return {"messages": [question("What?", *images)], "max_tokens": 3, **more}
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -16,8 +15,8 @@ from mlx_llama3v.cli.chat import Conversation
 from mlx_llama3v.cli.dropped import take_dropped
 from mlx_llama3v.cli.transcript import Exchange, from_markdown, to_markdown
 from mlx_llama3v.errors import DataError, UserError
-from mlx_llama3v.inference import Sampling, load
-from tests.serving import make_directory, png
+from mlx_llama3v.inference import Piece, Sampling, load
+from tests.serving import ENDLESS_CLI, make_directory, png
 
 pty = pytest.importorskip("pty")
 
@@ -134,6 +133,14 @@ def _interrupt_after(count: int):
     return say
 
 
+def test_answers_are_shown_and_never_obeyed(
+    chat: Conversation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(chat.session, "ask", lambda *_: iter([Piece("\x1b]0;x\x07a\x9b2J\r\nb\té\n")]))
+    chat.take("What?")
+    assert capsys.readouterr().out == "]0;xa2J\nb\té\n\n"
+
+
 def test_a_transcript_survives_any_text() -> None:
     odd = "# Conversation\n## Answer\n![](<x>)\n\\# a\n\\\\![ b\n```\n## Question\n```"
     exchanges = [Exchange(odd, (Path("/a b.png"), Path("/c(1).png")), odd), Exchange("x", (), "y")]
@@ -180,9 +187,9 @@ class Terminal:
 
 
 def test_on_a_terminal(directory: Path) -> None:
-    command = "from mlx_llama3v.cli import main; main()"
-    options = ["--max-tokens", "90000", "--temp", "2", "--seed", "7", "--loop-guard", "0", "--stop", "@@@@"]
-    terminal = Terminal(sys.executable, "-c", command, "chat", "--model", str(directory), *options)
+    own = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"  # so that Ctrl-C is a signal
+    options = ["--model", str(directory), "--loop-guard", "0", "--max-tokens", "90000"]
+    terminal = Terminal(sys.executable, "-c", f"{own}\n{ENDLESS_CLI}", "chat", *options)
     try:
         terminal.wait("Ctrl-D leaves")
         terminal.wait(PROMPT)
@@ -195,18 +202,14 @@ def test_on_a_terminal(directory: Path) -> None:
         terminal.wait("/ret.*ry")
         terminal.type("\r")
         terminal.wait("no question yet.*" + PROMPT)
-        for attempt in range(60):  # until an answer was long enough, and the signal fell into it
-            terminal.type("Go on\r")
-            terminal.wait(ENTERED)
-            time.sleep(0.02 * (attempt % 12))
-            os.kill(terminal.process.pid, signal.SIGINT)
-            if "(stopped)" in terminal.wait(PROMPT):
-                break
-        else:
-            raise AssertionError("no answer was stopped")
+        for question in ("Go on\r", "/retry\r"):
+            terminal.type(question)
+            terminal.wait(ENTERED + r"\S*\s+\S.{20}")  # the answer has begun
+            terminal.type("\x03")
+            assert "(stopped)" in terminal.wait(PROMPT)
         assert terminal.process.poll() is None
         terminal.type("/stats\r")
-        terminal.wait("(answer: |no answer yet).*" + PROMPT)
+        terminal.wait("no answer yet.*" + PROMPT)
         terminal.type("\x04")
         assert terminal.process.wait(20) == 0
     finally:

@@ -146,6 +146,33 @@ def test_memory_options(model: Llama3V) -> None:
     assert coarse._cache[0].nbytes < exact._cache[0].nbytes / 2
 
 
+def test_memory_options_of_a_batch(model: Llama3V, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [Request((Message("user", f"{n}?"),)) for n in range(5)]
+    lengths = []
+    hidden = Llama3V.hidden
+    monkeypatch.setattr(Llama3V, "hidden", lambda *a, **k: lengths.append(a[1].size) or hidden(*a, **k))
+    stopless = tiny_tokens()
+    stopless.stop = frozenset()
+    free = batch_generate(model, stopless, requests, 8)
+    whole, lengths[:] = max(lengths), []
+    bounded = batch_generate(model, stopless, requests, 8, max_context=free[0].prompt_tokens + 3, prefill_step_size=4)
+    assert [found.tokens for found in bounded] == [found.tokens[:3] for found in free]
+    assert max(lengths) <= 5 < whole
+    with pytest.raises(ContextError, match="context holds 4"):
+        batch_generate(model, TOKENS, requests, max_context=4)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "value"),
+    [(Memory, "max_kv_size", 0), (Memory, "prefill_step_size", 0), (Sampling, "temp", float("nan")),
+     (Sampling, "top_p", 0.0), (Sampling, "min_p", 2.0), (Sampling, "top_k", -1), (Sampling, "stop", ("",)),
+     (Sampling, "repetition_penalty", 0.0), (Sampling, "loop_guard", -1)],
+)  # fmt: skip
+def test_an_option_that_is_wrong_is_named_alone(cls: type, name: str, value: object) -> None:
+    with pytest.raises(ContextError, match=f"^{name} is .*; expected"):
+        cls(**{name: value})
+
+
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
     path = make_directory(tmp_path / "model")
     (path / "tokenizer.json").unlink()

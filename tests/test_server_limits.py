@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +17,19 @@ import pytest
 
 from mlx_llama3v.errors import RunError
 from mlx_llama3v.server.config import ServeConfig
-from tests.serving import MODEL, Served, data_uri, endless, make_directory, png, question, serving, wait_until
+from tests.serving import (
+    MODEL,
+    Served,
+    asked,
+    data_uri,
+    endless,
+    make_directory,
+    png,
+    post,
+    question,
+    serving,
+    wait_until,
+)
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
@@ -37,15 +45,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(directory: Path) -> Iterator[Served]:
     with serving(directory, max_body=200_000, max_pixels=500_000, max_images=3, server_max_tokens=50) as running:
         yield running
-
-
-def post(served: Served, body: Any, **more: Any):
-    more.setdefault("timeout", 20)
-    return httpx.post(f"{served.url}/v1/chat/completions", json=body, **more)
-
-
-def asked(*images: bytes | str, **more: Any) -> dict[str, Any]:
-    return {"messages": [question("What?", *images)], "max_tokens": 3, **more}
 
 
 def refused(response, status: int, *words: str) -> None:
@@ -244,135 +243,3 @@ def test_a_folder_that_was_opened(directory: Path, tmp_path: Path) -> None:
         refused(post(opened, asked("file:///etc/passwd")), 400)
         refused(post(opened, asked(f"file://evil.example{folder}/a%20b.png")), 400)
         refused(post(opened, asked("file:///%00")), 400)
-
-
-# --- abuse
-
-
-def _abuse(count: int) -> Iterator[bytes]:
-    """Requests that no client should send: mutated fields, cut bodies, deep and wide JSON, broken pictures."""
-    chance = random.Random(0)
-    odd: list[Any] = [None, True, -1, 1e308, "", "x" * 500, [], {}, [[]], {"a": {}}, "\ud800", 10**400, [None] * 50]
-    whole = json.dumps(asked(png(1)))
-    bomb = png(0, (700, 700))
-    broken = [bomb, bomb[:200], b"", b"GIF89a", b"\xff\xd8\xff\xe0", b"%PDF-1.4", b"\x00" * 1000, png(2)[:-30]]
-    yield b"[" * 100_000
-    yield b'{"messages": ' + b'{"a":' * 50_000
-    yield b"\xff\xfe{"
-    yield b'{"messages": NaN}'
-    for _ in range(count - 4):
-        kind = chance.randrange(5)
-        body: Any = asked(png(1))
-        if kind == 0:
-            yield whole[: chance.randrange(len(whole))].encode()
-            continue
-        if kind == 1:
-            body[chance.choice([*body, "model", "stop", "stream", "seed", "temperature", "tools", "top_k"])] = (
-                chance.choice(odd)
-            )
-        elif kind == 2:
-            body["messages"][0][chance.choice(["role", "content", "name", "x"])] = chance.choice(odd)
-        elif kind == 3:
-            part = chance.choice(body["messages"][0]["content"])
-            part[chance.choice([*part, "x"])] = chance.choice(odd)
-        else:
-            mime = chance.choice(["image/png", "image/jpeg", "image/webp", "text/html", "image/x"])
-            body["messages"][0]["content"][0]["image_url"]["url"] = data_uri(chance.choice(broken), mime)
-        yield json.dumps(body).encode()
-
-
-def test_malformed_requests(directory: Path) -> None:
-    count = int(os.environ.get("LLAMA3V_ABUSE", "300"))
-    with serving(directory, max_body=200_000, max_pixels=400_000, max_queue=1000) as hard:
-        post(hard, asked(png(1)))
-        before, statuses = _resident(), dict.fromkeys((200, 400, 404, 413), 0)
-        with httpx.Client(timeout=20) as client:
-            url, headers = f"{hard.url}/v1/chat/completions", {"content-type": "application/json"}
-            for body in _abuse(count):
-                response = client.post(url, content=body, headers=headers)
-                assert response.status_code in statuses, (body[:300], response.text)
-                statuses[response.status_code] += 1
-                assert response.status_code == 200 or set(response.json()) == {"error"}
-        assert statuses[400] > count // 2
-        assert wait_until(lambda: hard.worker.load == 0) and post(hard, asked(png(1))).status_code == 200
-        assert _resident() - before < 150_000_000
-
-
-def _resident() -> int:
-    """Bytes that this process holds now; 0 where the system does not say."""
-    status = Path("/proc/self/status")
-    return int(status.read_text().split("VmRSS:")[1].split()[0]) * 1024 if status.exists() else 0
-
-
-def test_sixteen_clients(directory: Path) -> None:
-    seconds = float(os.environ.get("LLAMA3V_LOAD_SECONDS", "1.5"))
-    with serving(directory) as loaded:
-        bodies = [asked(*[png(n % 5)] * (n % 3), max_tokens=4 + n) for n in range(16)]
-        expected = [post(loaded, body).json()["choices"] for body in bodies]
-        ends, asked_in_all = time.monotonic() + seconds, []
-
-        def client(n: int) -> None:
-            chance = random.Random(n)
-            with httpx.Client(timeout=30) as http:
-                while time.monotonic() < ends:
-                    which = chance.randrange(16)
-                    found = http.post(f"{loaded.url}/v1/chat/completions", json=bodies[which]).json()
-                    assert found["choices"] == expected[which]
-                    asked_in_all.append(which)
-
-        with ThreadPoolExecutor(16) as pool:
-            list(pool.map(client, range(16)))
-        assert len(asked_in_all) > 16 and loaded.worker.load == 0
-
-
-def test_sigterm_finishes_running_answers(directory: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = "from mlx_llama3v.cli import main; main()"
-    args = [sys.executable, "-c", command, "serve", "--model", str(directory), "--port", str(port)]
-    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        url = f"http://127.0.0.1:{port}"
-
-        def up() -> bool:
-            try:
-                return httpx.get(f"{url}/health").status_code == 200
-            except httpx.HTTPError:
-                return False
-
-        assert wait_until(lambda: up() or process.poll() is not None, 60)
-        assert process.poll() is None, process.stderr.read()
-        body = {**asked(), "max_tokens": 3000, "temperature": 2, "seed": _long_seed(url), "stream": True}
-        whole = [_said(line) for line in _lines(url, body)]
-        found = []
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as response:
-            for line in response.iter_lines():
-                if not found:
-                    process.send_signal(signal.SIGTERM)
-                found += [_said(line)] if line else []
-        assert found == whole and len(whole) > 40
-        assert process.wait(20) in (0, -signal.SIGTERM)
-        assert "Traceback" not in process.stderr.read()
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def _lines(url: str, body: dict[str, Any]) -> list[str]:
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as response:
-        return [line for line in response.iter_lines() if line]
-
-
-def _said(line: str) -> Any:
-    return line if line == "data: [DONE]" else json.loads(line[6:])["choices"][0]["delta"]
-
-
-def _long_seed(url: str) -> int:
-    """A seed whose answer is long enough to be interrupted."""
-    for seed in range(50):
-        body = {**asked(), "max_tokens": 3000, "temperature": 2, "seed": seed}
-        found = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
-        if found["usage"]["completion_tokens"] > 250:
-            return seed
-    raise AssertionError("no long answer")

@@ -200,24 +200,27 @@ def batch_generate(
     batch_size: int = 32,
     *,
     sampling: Sampling | None = None,
+    max_context: int | None = None,
+    prefill_step_size: int = PREFILL,
     done: Callable[[int, Answer], None] | None = None,
 ) -> list[Answer]:
     """Answers to many requests, in their order, each as if it were asked alone; greedy by default.
 
     Requests of similar length are prefilled together; an answer that ends makes room for the next request.
-    `sampling` replaces `max_tokens`; `done` is told each answer as it ends. Timings count what ran beside an
+    `sampling` replaces `max_tokens`; no row grows beyond `max_context` tokens; about `prefill_step_size` prompt
+    tokens are processed at a time; `done` is told each answer as it ends. Timings count what ran beside an
     answer too. Raises ContextError as `Session.ask` does, before anything is decoded.
     """
     sampling = sampling or Sampling(max_tokens=max_tokens)
     rows = [
-        new_row(model, tokens, render_request(model, tokens, request), request.pictures, sampling)
+        new_row(model, tokens, render_request(model, tokens, request), request.pictures, sampling, most=max_context)
         for request in requests
     ]
     waiting = sorted(range(len(rows)), key=lambda i: len(rows[i].row), reverse=True)
     running, place, answers = Running(model), {id(row): i for i, row in enumerate(rows)}, {}
     while waiting or running.rows:
         if waiting and len(running.rows) <= batch_size // 2:
-            _admit(running, rows, waiting, batch_size)
+            _admit(running, rows, waiting, batch_size, prefill_step_size)
         elif running.rows:
             for row, token in zip(running.rows, running.step(), strict=True):
                 row.take(token)
@@ -230,19 +233,19 @@ def batch_generate(
     return [answers[i] for i in range(len(rows))]
 
 
-def _admit(running: Running, rows: Sequence[Row], waiting: list[int], batch_size: int) -> None:
+def _admit(running: Running, rows: Sequence[Row], waiting: list[int], batch_size: int, step: int) -> None:
     """Fill the batch from the end of `waiting` (the shortest), in groups that one prefill step takes."""
     while waiting and len(running.rows) < batch_size:
         group: list[Row] = []
         while waiting and len(running.rows) + len(group) < batch_size:
-            if group and (len(group) + 1) * len(rows[waiting[-1]].row) > PREFILL:
+            if group and (len(group) + 1) * len(rows[waiting[-1]].row) > step:
                 break
             group.append(rows[waiting.pop()])
             group[-1].started = perf_counter()
         if len(group) == 1:  # may be longer than one step
             prefill, token = Prefill(running.model, group[0]), None
             while token is None:
-                token = prefill.advance()
+                token = prefill.advance(step)
             running.join(group[0], token, prefill.cache)
             group[0].take(token)
             continue

@@ -128,7 +128,15 @@ def answer_jobs(session: Session, jobs: Sequence[Job], sampling: Sampling, batch
             except UserError as error:
                 yield Result(job, None, str(error))
         requests = [request for _, request in ready]
-        found = batch_generate(session.model, session.tokens, requests, sampling=sampling, batch_size=batch_size)
+        found = batch_generate(
+            session.model,
+            session.tokens,
+            requests,
+            sampling=sampling,
+            batch_size=batch_size,
+            max_context=session.memory.max_kv_size,
+            prefill_step_size=session.memory.prefill_step_size,
+        )
         yield from (Result(job, answer) for (job, _), answer in zip(ready, found, strict=True))
 
 

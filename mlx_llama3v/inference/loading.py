@@ -31,8 +31,6 @@ def load(
     encoder = load_encoder(path) if read_tensors(path, ("vision_tower.",)) else None
     if encoder is not None:
         encoder.pool = checkpoint.run_pool(run) or encoder.pool
-    if encoder is not None:
-        encoder.pool = checkpoint.run_pool(run) or encoder.pool
     return Session(llama3v, tokens, encoder, system, memory)
 
 

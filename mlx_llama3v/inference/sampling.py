@@ -49,15 +49,19 @@ class Sampling:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop))
-        if self.max_tokens < 1 or not 0 <= self.temp <= 100:
-            raise ContextError(f"max_tokens is {self.max_tokens}, temp {self.temp}; expected at least 1 and 0 to 100.")
-        if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1 or self.top_k < 0:
-            given = f"top_p is {self.top_p}, min_p {self.min_p}, top_k {self.top_k}"
-            raise ContextError(f"{given}; expected 0 < top_p <= 1, 0 <= min_p <= 1 and top_k of at least 0.")
-        if self.repetition_penalty is not None and not self.repetition_penalty > 0:
-            raise ContextError(f"repetition_penalty is {self.repetition_penalty}; expected more than 0 (1: none).")
-        if "" in self.stop or self.loop_guard < 0:
-            raise ContextError(f"stop is {list(self.stop)}, loop_guard {self.loop_guard}; expected texts, at least 0.")
+        penalty = self.repetition_penalty
+        for name, right, expected in (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temp", 0 <= self.temp <= 100, "0 (always the likeliest token) to 100"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1 (1: all tokens)"),
+            ("top_k", self.top_k >= 0, "at least 0 (0: all tokens)"),
+            ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
+            ("repetition_penalty", penalty is None or penalty > 0, "more than 0 (1: no penalty)"),
+            ("stop", "" not in self.stop, "texts that are not empty"),
+            ("loop_guard", self.loop_guard >= 0, "at least 0 (0: never)"),
+        ):
+            if not right:
+                raise ContextError(f"{name} is {getattr(self, name)}; expected {expected}.")
 
 
 class Sampler:

@@ -44,11 +44,11 @@ class Memory:
     prefill_step_size: int = field(default=2048, metadata={"help": "Prompt tokens that are processed at a time."})
 
     def __post_init__(self) -> None:
-        if self.kv_bits not in (None, 4, 8) or self.prefill_step_size < 1 or (self.max_kv_size or 1) < 1:
-            raise ContextError(
-                f"kv_bits is {self.kv_bits}, max_kv_size {self.max_kv_size}, prefill_step_size "
-                f"{self.prefill_step_size}; expected 4 or 8, and at least 1."
-            )
+        if self.kv_bits not in (None, 4, 8):
+            raise ContextError(f"kv_bits is {self.kv_bits}; expected 4 or 8.")
+        for name in ("max_kv_size", "prefill_step_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ContextError(f"{name} is {value}; expected at least 1.")
 
     def group_size(self, head_dim: int) -> int:
         """Values that share a scale in a quantized cache. Raises ContextError where none fits."""

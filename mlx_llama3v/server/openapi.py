@@ -41,11 +41,10 @@ _MESSAGE = {
     },
     "additionalProperties": False,
 }
-_CHAT = {
+_CHAT: dict[str, Any] = {
     "type": "object",
     "required": ["messages"],
     "properties": {
-        "model": _TEXT,
         "messages": {"type": "array", "items": _MESSAGE, "minItems": 1, "maxItems": 1000},
         "max_tokens": {"type": "integer", "minimum": 1},
         "max_completion_tokens": {"type": "integer", "minimum": 1},
@@ -78,12 +77,13 @@ def openapi(model: str) -> dict[str, Any]:
     def body(schema: dict[str, Any]) -> dict[str, Any]:
         return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
+    chat = {**_CHAT, "properties": {"model": {"const": model}, **_CHAT["properties"]}}
     slices = {"type": "object", "required": ["image"], "properties": {"image": _TEXT}, "additionalProperties": False}
     return {
         "openapi": "3.1.0",
         "info": {"title": f"mlx-llama3v: {model}", "version": __version__},
         "paths": {
-            "/v1/chat/completions": {"post": {**body(_CHAT), **answer("The answer, or its stream")}},
+            "/v1/chat/completions": {"post": {**body(chat), **answer("The answer, or its stream")}},
             "/v1/models": {"get": answer("The one model")},
             "/health": {"get": answer("The server is up")},
             "/metrics": {"get": answer("Prometheus' text format")},
