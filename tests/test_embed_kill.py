@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import shutil
 import subprocess
 import sys
 import time
-from multiprocessing.process import BaseProcess
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +21,10 @@ from mlx_llama3v.errors import StoreError
 from mlx_llama3v.stages import embed_data
 from mlx_llama3v.weights import TINY
 from mlx_llama3v.weights.convert import convert
+from tests.forked import start
 
 KILLS = 30
 SHARD_BYTES = 200_000
-# Forked from a server that has imported everything and computed nothing: real processes, without seconds of imports.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["mlx_llama3v.stages", "mlx_llama3v.checkpoint", "mlx_llama3v.vision.families"])
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +37,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return convert(TINY / "siglip", TINY / "llama", tmp_path_factory.mktemp("model") / "model").path
 
 
-def fill(started: Event, *arguments: str) -> None:
-    """What a killed process was about to do."""
-    model, data, folder, output = map(Path, arguments)
-    started.set()
-    embed_data(model, data, output, image_folder=folder, codec="int8", shard_bytes=SHARD_BYTES)
-
-
-def start(model: Path, data: DataSet, output: Path) -> BaseProcess:
-    """A process that has come to where it fills the store."""
-    started = PROCESSES.Event()
-    arguments = [str(model), str(data.captions), str(data.images), str(output)]
-    process = PROCESSES.Process(target=fill, args=(started, *arguments))
-    process.start()
-    assert started.wait(60)
-    return process
+def fill(model: Path, data: DataSet, output: Path) -> None:
+    """What is killed."""
+    embed_data(model, data.captions, output, image_folder=data.images, codec="int8", shard_bytes=SHARD_BYTES)
 
 
 @pytest.mark.slow
@@ -68,7 +51,7 @@ def test_killed_thirty_times(model: Path, data: DataSet, tmp_path: Path) -> None
     chance, seconds, longest, stores = random.Random(0), whole.summary.seconds, 0, 0
     store = tmp_path / "store-0"
     for _ in range(KILLS):
-        process = start(model, data, store)
+        process = start(fill, model, data, store)
         # A kill costs at most the shard in the making, so runs get somewhere however early they are killed.
         time.sleep(chance.uniform(0, 0.5 * seconds))
         process.kill()
@@ -81,7 +64,7 @@ def test_killed_thirty_times(model: Path, data: DataSet, tmp_path: Path) -> None
         if longest == whole.info["images"]:  # nothing more to be killed at
             stores, longest = stores + 1, 0
             store = tmp_path / f"store-{stores}"
-    last = start(model, data, store)
+    last = start(fill, model, data, store)
     last.join(120)
     assert last.exitcode == 0
     assert not verify(store)

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +13,7 @@ from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.errors import RunError
 from mlx_llama3v.train import resume
 from mlx_llama3v.train.report import Callbacks, Progress, Start
-from tests.tiny_run import chats, long_settings, make_store, run, settings
+from tests.tiny_run import chats, make_store, run, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,23 +63,6 @@ def test_resumed_is_uninterrupted(stage: str, over: dict[str, Any], store: Store
     run(config, store, tmp_path / "cut", resume=True, callbacks=Callbacks(started=started.append))
     assert 0 < started[0].done < 10
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
-
-
-def test_resumed_survives_kill_9(store: Store, tmp_path: Path) -> None:
-    run_dir = tmp_path / "killed"
-    command = [sys.executable, "-m", "tests.tiny_run", str(run_dir), str(store.path)]
-    process = subprocess.Popen(command, cwd=ROOT)
-    until = time.monotonic() + 200
-    while len(resume.checkpoints(run_dir)) < 3 and time.monotonic() < until and process.poll() is None:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it must be killed on the way, not end by itself"
-    assert not (run_dir / "adapters.safetensors").exists()
-    started: list[Start] = []
-    run(long_settings(), store, run_dir, resume=True, callbacks=Callbacks(started=started.append))
-    assert started[0].done >= 6
-    run(long_settings(), store, tmp_path / "whole")
-    assert outcome(run_dir) == outcome(tmp_path / "whole")
 
 
 def test_a_lost_optimizer_state_is_noticed(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
