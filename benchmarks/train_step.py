@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,7 @@ TOWERS = {
 PEERS = ("ours", "ours encoding", "full logits", "mlx-vlm", "mlx-vlm 4x1", "transformers")
 BATCH, TEXT, ANSWER, VOCAB, IMAGE_ID, RANK, SCALE = 4, 64, 32, 128256, 128010, 16, 2.0
 Step = Callable[[], float]  # one training step; its loss
+LANES = ExitStack()  # for the life of a process: a context that nobody holds would end, and its threads with it
 
 
 def llama(hidden: int, layers: int) -> dict[str, Any]:
@@ -209,8 +211,7 @@ def ours(args: argparse.Namespace, work: Path, how: str) -> tuple[Step, float]:
         mx.eval(model.state, optimizer.state)
         return float(loss) / float(count)
 
-    held = lanes(config.lanes)
-    side = held.__enter__()  # for the life of this process
+    side = LANES.enter_context(lanes(config.lanes))
     return run, size
 
 

@@ -185,8 +185,12 @@ def test_loss_and_gradients_are_those_of_torch(stage: str, store: Store) -> None
     for name, value in gradients.items():
         wanted = theirs[name].grad.numpy()
         wanted = wanted.T if ".lora_" in name else wanted
-        error = np.linalg.norm(value - wanted) / max(1e-3, np.linalg.norm(wanted))
-        assert error < 1e-4, (name, error)
+        size = np.linalg.norm(wanted)
+        if name.endswith("k_proj.bias"):  # zero: it adds the same to all scores of a query; both have rounding errors
+            size = np.linalg.norm(gradients[name.replace(".bias", ".weight")])
+            assert np.linalg.norm(wanted) < 1e-6 * size, name
+        error = np.linalg.norm(value - wanted) / size
+        assert error < 1e-5, (name, error)
 
 
 def test_the_reference_notices_another_weight(store: Store) -> None:
