@@ -34,7 +34,7 @@ def _file_limit_only_raised() -> Iterator[None]:
 
 
 with _file_limit_only_raised():
-    from mlx_lm.generate import generate_step
+    from mlx_lm.generate import generate_step, maybe_quantize_kv_cache
     from mlx_lm.models.cache import BatchKVCache, KVCache, trim_prompt_cache
     from mlx_lm.models.llama import Model as LlamaModel
     from mlx_lm.models.llama import ModelArgs as LlamaArgs
@@ -57,6 +57,7 @@ __all__ = [
     "generate_step",
     "linear_to_lora_layers",
     "make_logits_processors",
+    "maybe_quantize_kv_cache",
     "quantize_model",
     "trim_prompt_cache",
 ]

@@ -99,6 +99,19 @@ def test_an_answer_that_is_dropped_for_another_question(model: Llama3V) -> None:
     assert answer(fresh(session), *SIX[2], max_tokens=6).tokens == last.tokens
 
 
+def test_an_answer_left_after_its_first_token(model: Llama3V) -> None:
+    left = 0  # that token is not in the cache yet
+    for n in range(20):
+        session = Session(model, TOKENS)
+        pieces = session.ask(f"{n}?", (), Sampling(max_tokens=20))
+        next(pieces)
+        pieces.close()
+        left += len(session.ids) == session.turns[0].length + 1
+        again = answer(fresh(session), "And now?", max_tokens=8).tokens
+        assert answer(session, "And now?", max_tokens=8).tokens == again
+    assert left
+
+
 def test_restore_goes_on_where_it_was(model: Llama3V) -> None:
     session = Session(model, TOKENS, system="Be brief.")
     session.restore([("Look.", [picture(SPLIT, 1)], "It says stop."), ("And?", [], "a red circle")])
@@ -247,6 +260,16 @@ def test_sampled_batches_equal_one_by_one(model: Llama3V) -> None:
     for wrong in ({"top_p": 0.0}, {"min_p": 2.0}, {"top_k": -1}, {"repetition_penalty": 0.0}, {"stop": ("",)}):
         with pytest.raises(ContextError):
             Sampling(**wrong)
+
+
+def test_a_session_samples_as_a_batch_does(model: Llama3V) -> None:
+    sampling = Sampling(max_tokens=12, temp=0.8, top_k=40, seed=5, repetition_penalty=1.6)
+    for n in range(6):
+        request = Request((Message("user", f"What is {n}, what is {n}?", (0,)),), (picture(PLAIN, n),))
+        (batched,) = batch_generate(model, TOKENS, [request], sampling=sampling)
+        session = Session(model, TOKENS, memory=Memory(prefill_step_size=5))
+        alone = list(session.ask(request.messages[0].text, request.pictures, sampling))[-1].answer
+        assert alone.tokens == batched.tokens
 
 
 def test_every_place_has_its_own_random_number() -> None:

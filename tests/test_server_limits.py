@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import pytest
 
 from mlx_llama3v.errors import RunError
+from mlx_llama3v.model import Llama3V
 from mlx_llama3v.server.config import ServeConfig
 from tests.serving import (
     MODEL,
@@ -91,8 +92,19 @@ def test_limits_of_a_request(served: Served) -> None:
 
 
 def test_the_context_limit_is_an_option(directory: Path) -> None:
-    with serving(directory, max_context=40) as small:
+    with serving(directory, max_context=40) as small, endless(small):
         refused(post(small, {"messages": [question("long " * 30)]}), 400, "context holds 40")
+        answer = post(small, {"messages": [question("Go")], "temperature": 2, "seed": 1}).json()
+        assert answer["choices"][0]["finish_reason"] == "length" and answer["usage"]["total_tokens"] == 40
+
+
+def test_a_prompt_is_processed_in_steps(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    hidden = Llama3V.hidden
+    with serving(directory, prefill_step_size=8) as running:
+        monkeypatch.setattr(Llama3V, "hidden", lambda *a, **k: lengths.append(a[1].size) or hidden(*a, **k))
+        assert post(running, {"messages": [question("long " * 30)], "max_tokens": 1}).status_code == 200
+    assert max(lengths) == 8 and len(lengths) > 4
 
 
 def test_time_is_limited(directory: Path) -> None:
@@ -174,6 +186,11 @@ class Shop(BaseHTTPRequestHandler):
             return
         self.send_response(200)
         self.end_headers()
+        if self.path == "/slow":
+            for _ in range(20):  # never silent for long, never done
+                self.wfile.write(b"x")
+                time.sleep(0.1)
+            return
         self.wfile.write(png(1) if self.path == "/a.png" else b"x" * 1_000_000)
 
     def log_message(self, *_: Any) -> None:
@@ -220,6 +237,13 @@ def test_a_host_that_was_opened(directory: Path, shop: str, monkeypatch: pytest.
         )
         refused(post(opened, asked(f"http://shop.example:{port}/a.png")), 400, "local network")
         assert "/a.png" not in Shop.seen
+
+
+def test_a_host_that_is_slow(directory: Path, shop: str) -> None:
+    with serving(directory, allow_image_host=("127.0.0.1",), image_seconds=0.5) as opened:
+        started = time.monotonic()
+        refused(post(opened, asked(f"http://{shop}/slow")), 400, "too slowly")
+        assert time.monotonic() - started < 1.9  # it would take two seconds in all
 
 
 def test_a_folder_that_was_opened(directory: Path, tmp_path: Path) -> None:

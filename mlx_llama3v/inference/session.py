@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_llama3v.compat import generate_step, trim_prompt_cache
+from mlx_llama3v.compat import generate_step, maybe_quantize_kv_cache, trim_prompt_cache
 from mlx_llama3v.config import Encoded
 from mlx_llama3v.errors import ContextError
 from mlx_llama3v.inference.answer import Answer, Piece, Timings, Writer
@@ -241,31 +241,51 @@ class Session:
         said, self._open = self._open.tokens if self._open else [], None
         self.ids += said
         self._source += [0] * len(said)
-        self._held = np.concatenate([self._held, np.array(said, np.int64)])
+        self._held = np.concatenate([self._held, np.array(said, np.int64)])[: self._cache[0].offset]
 
     def _steps(
         self, row: Rendered, pictures: Sequence[Encoded], start: int, sampling: Sampling, max_tokens: int
     ) -> Generator[int, None, None]:
-        """Tokens of the answer; each is in the KV cache when it is yielded."""
-        ids, vectors = embed_rest(self.model, row, pictures, start)
+        """Tokens of the answer; each but the first is in the KV cache when it is yielded.
+
+        The prompt is run here and not in mlx-lm's loop, which gives its last token a pass of its own: behind a
+        short question that is a good part of the time to the first token.
+        """
         sampler = Sampler(sampling)
-        options: dict[str, Any] = {}
-        if self.memory.kv_bits:
-            options = {"kv_bits": self.memory.kv_bits, "kv_group_size": self._group_size, "quantized_kv_start": 0}
+        options: dict[str, Any] = {
+            "kv_bits": self.memory.kv_bits,
+            "kv_group_size": self._group_size,
+            "quantized_kv_start": 0,
+        }
+        logits = self.model.logits(self._prefill(row, pictures, start, options)[:, -1])
+        (first,) = np.array(sampler.choose(sampler.adjust(logits, row.ids[-PENALIZED:].tolist()))).tolist()
+        yield first
+        if max_tokens == 1:
+            return
         steps = generate_step(
-            ids,
+            mx.array([first]),
             self.model,
-            max_tokens=max_tokens,
+            max_tokens=max_tokens - 1,
             sampler=sampler.choose,
-            logits_processors=_processors(sampler, row.ids[:start]),
+            logits_processors=_processors(sampler, row.ids),
             prompt_cache=self._cache,
-            input_embeddings=vectors,
-            prefill_step_size=self.memory.prefill_step_size,
             **options,
         )
         with closing(steps):
             for token, _ in steps:
                 yield int(token)
+
+    def _prefill(self, row: Rendered, pictures: Sequence[Encoded], start: int, options: dict[str, Any]) -> mx.array:
+        """Run the row from `start` on, a step at a time -> the last step's states [1, L, D]."""
+        ids, vectors = embed_rest(self.model, row, pictures, start)
+        size = self.memory.prefill_step_size
+        for begin in range(0, len(ids), size):
+            end = begin + size
+            hidden = self.model.hidden(ids[None, begin:end], self._cache, vectors[None, begin:end])
+            maybe_quantize_kv_cache(self._cache, **options)
+            if end < len(ids):
+                mx.eval([layer.state for layer in self._cache])
+        return hidden
 
 
 def _processors(sampler: Sampler, before: np.ndarray) -> list[Any]:
