@@ -7,7 +7,7 @@ demo: .venv/.demo
 	.venv/bin/llama3v-mlx demo $(ARGS)
 
 test: .venv/.test lint
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: .venv/.test
 	.venv/bin/ruff check $(PYTHON_FILES)

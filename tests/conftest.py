@@ -1,8 +1,14 @@
-"""Shared by all tests: the BLAS is loaded before mlx.core, and nothing reaches the network."""
+"""Shared by all tests: the BLAS is loaded before mlx.core, and nothing reaches the network.
+
+`make test` runs as many test processes as there are cores (pytest-xdist): each keeps to one thread then.
+"""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
 import mlx_llama3v  # noqa: F401

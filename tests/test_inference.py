@@ -13,6 +13,7 @@ from PIL import Image
 
 from mlx_llama3v import checkpoint
 from mlx_llama3v.config import Encoded, SliceLayout
+from mlx_llama3v.encoder import load_encoder
 from mlx_llama3v.errors import ContextError, ImageError
 from mlx_llama3v.inference import (
     Answer,
@@ -23,7 +24,6 @@ from mlx_llama3v.inference import (
     embed_rows,
     generate,
     load,
-    load_encoder,
     stream,
 )
 from mlx_llama3v.model import Llama3V

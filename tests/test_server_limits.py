@@ -135,6 +135,18 @@ def test_the_queue_is_limited(directory: Path) -> None:
         assert late.headers["retry-after"]
 
 
+def test_a_body_on_its_way_has_a_place_in_the_queue(directory: Path) -> None:
+    with serving(directory, max_batch=1, max_queue=1) as busy:
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        slow = [socket.create_connection(("127.0.0.1", int(busy.url.rpartition(":")[2]))) for _ in range(2)]
+        for connection in slow:
+            connection.sendall(head + b'Content-Length: 1000\r\n\r\n{"messages"')
+        assert wait_until(lambda: post(busy, asked()).status_code == 429)
+        for connection in slow:
+            connection.close()
+        assert wait_until(lambda: post(busy, asked()).status_code == 200)
+
+
 def test_slices_are_limited(directory: Path) -> None:
     with serving(directory) as running:
         running.worker.encoder.tiling = type(running.worker.encoder.tiling)("uhd", 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from mlx_llama3v.inference.answer import Answer, Piece, Timings
 from mlx_llama3v.inference.batch import Request, batch_generate
-from mlx_llama3v.inference.loading import generate, load, load_encoder, stream
+from mlx_llama3v.inference.loading import generate, load, stream
 from mlx_llama3v.inference.rows import embed_rows
 from mlx_llama3v.inference.sampling import Sampling
 from mlx_llama3v.inference.session import Memory, Picture, Session, Turn
@@ -27,6 +27,5 @@ __all__ = [
     "embed_rows",
     "generate",
     "load",
-    "load_encoder",
     "stream",
 ]

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_llama3v import checkpoint
+from mlx_llama3v.encoder import load_encoder
 from mlx_llama3v.inference.sampling import Sampling
 from mlx_llama3v.inference.session import Memory, Picture, Session
 from mlx_llama3v.tensors import read_tensors
 from mlx_llama3v.text.tokens import Tokens
-from mlx_llama3v.vision.encode import Encoder
-from mlx_llama3v.vision.families import make_encoder
 
 
 def load(
@@ -32,13 +31,6 @@ def load(
     if encoder is not None:
         encoder.pool = checkpoint.run_pool(run) or encoder.pool
     return Session(llama3v, tokens, encoder, system, memory)
-
-
-def load_encoder(model: str | Path) -> Encoder:
-    """The vision tower of a model directory with all that decides what it sees. Raises CheckpointError."""
-    path = checkpoint.resolve(model)
-    config, tower = checkpoint.load_config(path), checkpoint.load_tower(path)
-    return make_encoder(tower, config)
 
 
 def stream(session: Session, prompt: str, images: Sequence[Picture] = (), **sampling: Any) -> Iterator[str]:

@@ -131,10 +131,11 @@ def make_app(worker: Worker, config: ServeConfig, model: str) -> FastAPI:
         started = monotonic()
         try:
             admit(request)
-            worker.check_room()
-            asked = parse_chat(await read_json(request, config.timeout), config, model)
             deadline = started + config.timeout
-            pictures = [await _picture(url, config, deadline) for message in asked.messages for url in message.images]
+            with worker.arriving():
+                asked = parse_chat(await read_json(request, config.timeout), config, model)
+                urls = [url for message in asked.messages for url in message.images]
+                pictures = [await _picture(url, config, deadline) for url in urls]
             events: asyncio.Queue[Event] = asyncio.Queue()
             loop = asyncio.get_running_loop()
 

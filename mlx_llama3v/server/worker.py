@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -64,6 +65,7 @@ class Worker:
         self._prefixes = Prefixes(config.prefix_memory)
         self._encoded: OrderedDict[str, Encoded] = OrderedDict()
         self._waiting: deque[Ticket] = deque()
+        self._arriving = 0
         self._tickets: dict[int, Ticket] = {}  # of running rows, by id(row)
         self._entering: tuple[Ticket, Prefill] | None = None
         self._running = Running(self.model)
@@ -103,8 +105,20 @@ class Worker:
         """Raises Refusal (429) where the queue is full."""
         if self._stopping:
             raise Refusal("the server is shutting down.", status=503)
-        if self.load >= self.config.max_batch + self.config.max_queue:
+        if self.load + self._arriving >= self.config.max_batch + self.config.max_queue:
             raise Refusal("too many requests wait already; try again in a moment.", status=429, code="queue_full")
+
+    @contextmanager
+    def arriving(self) -> Iterator[None]:
+        """A request whose body and pictures are still on their way has its place in the queue. Raises Refusal."""
+        with self._wake:
+            self.check_room()
+            self._arriving += 1
+        try:
+            yield
+        finally:
+            with self._wake:
+                self._arriving -= 1
 
     def submit(
         self, request: ChatRequest, pictures: list[bytes], tell: Callable[[Event], None], deadline: float
