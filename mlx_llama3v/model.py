@@ -68,22 +68,27 @@ class Llama3V(nn.Module):
         """ids [B, L], or vectors [B, L, D] in their place -> states after the final norm [B, L, D]."""
         return self.language_model.model(inputs, cache, input_embeddings)
 
-    def train_hidden(self, vectors: mx.array, segments: mx.array | None = None, *, recompute: bool = False) -> mx.array:
-        """As `hidden` without a cache, for training: vectors [B, L, D] -> states [B, L, D].
+    def train_hidden(
+        self, vectors: mx.array, picks: mx.array, segments: mx.array | None = None, *, recompute: bool = False
+    ) -> mx.array:
+        """As `hidden` without a cache, for training: vectors [B, L, D] -> states [N, D] of the positions picked.
 
+        picks [N] int32: flat positions b * L + i. The last block's MLP sees these alone: nothing reads the others.
         segments [B, L] int32: positions see those of their own segment alone. Rotary positions go on through all
         segments: attention depends on their differences only. `recompute`: a block keeps its input, and computes the
         rest again in the backward pass; not with dropout.
         """
-        if segments is None and not recompute:
-            return self.language_model.model(vectors, None, vectors)
         mask: Any = "causal"
         if segments is not None:
             order = mx.arange(segments.shape[1])
             mask = (segments[:, None, :, None] == segments[:, None, None, :]) & (order[:, None] >= order[None])
-        for layer in self.layers:
+        *blocks, last = self.layers
+        for layer in blocks:
             vectors = _recomputed(layer, vectors, mask) if recompute else layer(vectors, mask)
-        return self.language_model.model.norm(vectors)
+        vectors = vectors + last.self_attn(last.input_layernorm(vectors), mask, None)
+        states = mx.take(vectors.reshape(-1, vectors.shape[-1]), picks, axis=0)
+        states = states + last.mlp(last.post_attention_layernorm(states))
+        return self.language_model.model.norm(states)
 
     @property
     def vocab_size(self) -> int:

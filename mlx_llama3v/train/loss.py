@@ -41,8 +41,8 @@ def loss_sum(
     [B, L, D] stand for the ids in the decoder. `recompute`: see Llama3V.train_hidden. Without `gradient` only the
     value is right, and cheaper.
     """
-    states = model.train_hidden(vectors, segments, recompute=recompute)
-    states, wanted = _pick(states.reshape(-1, states.shape[-1]), picks), _pick(targets.reshape(-1), picks)
+    states = model.train_hidden(vectors, picks, segments, recompute=recompute)
+    wanted = _pick(targets.reshape(-1), picks)
     weight = weights(supervised, picks)
     rows = max(1, chunk_bytes() // (4 * model.vocab_size))
     total = mx.array(0.0)
