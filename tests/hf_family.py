@@ -20,6 +20,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from tests.family_parity import VISUAL, Answered
 from tests.hf_llama import tiny_tokenizer, write_tokenizer
 
 
@@ -104,17 +105,11 @@ def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> torch.Tensor:
 
 
 @torch.no_grad()
-def join(model: LlamaForCausalLM, pieces: list[torch.Tensor]) -> torch.Tensor:
-    """Ids [N] and vectors [N, D] in order -> the decoder's inputs [1, L, D]."""
+def decode(model: LlamaForCausalLM, pieces: list[torch.Tensor], stop: frozenset[int], count: int = 8) -> Answered:
+    """Ids [N] and vectors [N, D] in order -> the prompt's logits, and the greedy answer, computed anew a token."""
     table = model.get_input_embeddings()
-    return torch.cat([table(piece) if piece.ndim == 1 else piece for piece in pieces])[None]
-
-
-@torch.no_grad()
-def decode(
-    model: LlamaForCausalLM, inputs: torch.Tensor, stop: frozenset[int], count: int = 8
-) -> tuple[np.ndarray, list[int]]:
-    """Logits of the prompt [L, V], and the greedy answer, computed anew for every token."""
+    inputs = torch.cat([table(piece) if piece.ndim == 1 else piece for piece in pieces])[None]
+    prompt = [token for piece in pieces for token in (piece.tolist() if piece.ndim == 1 else [VISUAL] * len(piece))]
     first = model(inputs_embeds=inputs).logits[0]
     logits, found = first, []
     for _ in range(count):
@@ -124,7 +119,7 @@ def decode(
         found.append(token)
         inputs = torch.cat([inputs, model.get_input_embeddings()(torch.tensor([[token]]))], dim=1)
         logits = model(inputs_embeds=inputs).logits[0]
-    return first.numpy(), found
+    return Answered(first.numpy(), found, prompt)
 
 
 def mlp(width: int, hidden: int) -> torch.nn.Sequential:

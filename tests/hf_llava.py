@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from tests.family_parity import VISUAL, Answered, without_stop
 from tests.hf_llama import LLAMA3_SCALING, tiny_tokenizer, write_tokenizer
 
 PATCHES = 16  # 32 px / 8
@@ -24,15 +26,17 @@ def make_llava(
     scaled: bool = True,
     head: bool = False,
     seed: int = 0,
+    extra: Sequence[str] = ("<image>",),
+    padding: int = 3,
 ) -> Path:
-    """Write a model, its tokenizer (`<image>` appended) and its processor files."""
+    """Write a model, its tokenizer (`extra` appended) and its processor files; `padding`: ids beyond the tokenizer."""
     import torch
     from tokenizers import AddedToken, Tokenizer
     from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
     torch.manual_seed(seed)
     tokenizer = Tokenizer.from_str(tiny_tokenizer().to_str())
-    tokenizer.add_special_tokens([AddedToken("<image>", normalized=False)])
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in extra])
     write_tokenizer(directory, tokenizer)
     image, eot = tokenizer.token_to_id("<image>"), tokenizer.token_to_id("<|eot_id|>")
     vision = SiglipVisionConfig(
@@ -50,7 +54,7 @@ def make_llava(
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=tokenizer.get_vocab_size() + 3,
+        vocab_size=tokenizer.get_vocab_size() + padding,
         rms_norm_eps=1e-5,
         max_position_embeddings=512,
         rope_parameters={"rope_theta": 500000.0, **(LLAMA3_SCALING if scaled else {"rope_type": "default"})},
@@ -97,19 +101,32 @@ def picture(path: Path, width: int = 50, height: int = 41, seed: int = 0) -> Pat
     return path
 
 
-def reference(directory: Path, image: Path, question: str, max_tokens: int = 8) -> tuple[np.ndarray, list[int]]:
-    """transformers' own logits [L, V] for a question about a picture, and its greedy answer."""
+def llava_content(visual: str, pictures: int, question: str) -> str:
+    """What LLaVA's users write: each picture and a new line, then the question."""
+    return f"{visual}\n" * pictures + question
+
+
+def reference(
+    directory: Path,
+    image: Path | Sequence[Path],
+    question: str,
+    max_tokens: int = 8,
+    content: Callable[[str, int, str], str] = llava_content,
+) -> Answered:
+    """transformers' own answer; `content(visual tokens of a picture, pictures, question)` writes the user's turn."""
     import torch
     from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast, SiglipImageProcessor
 
+    images = [image] if isinstance(image, Path) else list(image)
     model = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
-    pixels = SiglipImageProcessor.from_pretrained(directory)(Image.open(image), return_tensors="pt")["pixel_values"]
-    count = model.config.image_seq_length
-    content = "<image>" * count + "\n" + question
+    opened = [Image.open(path) for path in images]
+    pixels = SiglipImageProcessor.from_pretrained(directory)(opened, return_tensors="pt")["pixel_values"]
+    text = content("<image>" * model.config.image_seq_length, len(images), question)
     ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, return_tensors="pt", return_dict=False
+        [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=False
     )
+    stop = tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|end_of_text|>"])
     with torch.no_grad():
         logits = model(input_ids=ids, pixel_values=pixels).logits[0].numpy()
         out = model.generate(
@@ -119,10 +136,8 @@ def reference(directory: Path, image: Path, question: str, max_tokens: int = 8) 
             max_new_tokens=max_tokens,
             do_sample=False,
             pad_token_id=0,
-            eos_token_id=[
-                tokenizer.convert_tokens_to_ids("<|eot_id|>"),
-                tokenizer.convert_tokens_to_ids("<|end_of_text|>"),
-            ],
+            eos_token_id=stop,
         )
-    answer = out[0, ids.shape[1] :].tolist()
-    return logits, answer
+    shown = model.config.image_token_id
+    prompt = [VISUAL if token == shown else token for token in ids[0].tolist()]
+    return Answered(logits, without_stop(out[0, ids.shape[1] :].tolist(), frozenset(stop)), prompt)

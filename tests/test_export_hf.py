@@ -77,7 +77,7 @@ def theirs(directory: Path, image: Path) -> tuple[np.ndarray, list[int], Any]:
 def check_equal(ours: Path, exported: Path, image: Path) -> None:
     logits, tokens, report = theirs(exported, image)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
-    expected, answered = answer(ours, image, QUESTION)
+    expected, answered, _ = answer(ours, image, QUESTION)
     assert logits.shape == expected.shape
     assert gap(expected, logits) <= 1e-4
     assert answered == without_stop(tokens, load(ours).tokens.stop)

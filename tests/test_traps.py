@@ -73,7 +73,7 @@ def test_every_test_that_is_named_above_exists() -> None:
 def test_trap_4_the_projector_takes_the_erf_form(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert_vlm(llava, tmp_path / "model")
     image = picture(tmp_path / "a.png")
-    expected, _ = reference(llava, image, QUESTION)
+    expected = reference(llava, image, QUESTION).logits
     right = gap(prompt_logits(load(tmp_path / "model"), image, QUESTION), expected)
     monkeypatch.setattr("mlx_llama3v.projector.nn.gelu", nn.gelu_approx)
     wrong = gap(prompt_logits(load(tmp_path / "model"), image, QUESTION), expected)
@@ -83,9 +83,9 @@ def test_trap_4_the_projector_takes_the_erf_form(llava: Path, tmp_path: Path, mo
 def test_trap_5_minicpm_reads_after_the_norm(tmp_path: Path) -> None:
     from tests.parity.test_minicpm import Reference
 
-    theirs = Reference(tmp_path / "hf", "minicpmv")
-    config = convert_vlm(tmp_path / "hf", tmp_path / "model").config
-    assert theirs and config.vision_feature_norm and config.vision_feature_layer == -1
+    source = Reference(tmp_path / "words").write(tmp_path / "hf", "minicpmv")
+    config = convert_vlm(source, tmp_path / "model").config
+    assert config.vision_feature_norm and config.vision_feature_layer == -1
     image = picture(tmp_path / "a.png")
     encoder = load(tmp_path / "model").encoder
     assert encoder is not None

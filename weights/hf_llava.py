@@ -11,10 +11,12 @@ import mlx.core as mx
 from mlx_llama3v.config import ModelConfig, llama_config
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.layout import LAYOUTS, PromptLayout
+from mlx_llama3v.text.tokens import load_tokenizer
 from mlx_llama3v.weights.chat_template import read_layout
 from mlx_llama3v.weights.family import SQUASH, Family, Source, image_config, mlp_projector, tower_config
 
 _MANTIS_IMAGE_ID = 128256
+_MANTIS_PAD = "<|pad|>"
 
 
 def configure(source: Source) -> ModelConfig:
@@ -44,11 +46,16 @@ def configure(source: Source) -> ModelConfig:
 
 
 def _prompt(source: Source) -> PromptLayout:
-    index = source.config.get("image_token_index")
-    unpadded = source.config.get("text_config", {}).get("vocab_size") == _MANTIS_IMAGE_ID + 2
-    if index == _MANTIS_IMAGE_ID and unpadded:  # <image> and <|pad|> were appended, nothing else says Mantis
+    index = source.config.get("image_token_index", source.config.get("image_token_id"))
+    image = padding = None
+    if isinstance(index, int) and (source.directory / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(source.directory)
+        image, padding = tokenizer.id_to_token(index), tokenizer.id_to_token(index + 1)
+    # The vocabulary ends with <image> and <|pad|>; nothing else says Mantis.
+    last = isinstance(index, int) and source.config.get("text_config", {}).get("vocab_size") == index + 2
+    if last and (padding == _MANTIS_PAD or (padding is None and index == _MANTIS_IMAGE_ID)):
         return LAYOUTS["mantis"]
-    return read_layout(source.directory) or LAYOUTS["llama3"]
+    return read_layout(source.directory, image or "<image>") or LAYOUTS["llama3"]
 
 
 def _missing_biases(source: Source, config: ModelConfig) -> dict[str, mx.array]:

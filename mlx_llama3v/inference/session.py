@@ -180,7 +180,8 @@ class Session:
             messages.insert(0, Message("system", self.system))
         layouts = [picture.layout for picture in pictures]
         projector = self.model.config.projector_config
-        return render(messages, layouts, self.tokens, projector, generate=True, start=not self.ids)
+        earlier = len(self._pictures)
+        return render(messages, layouts, self.tokens, projector, generate=True, start=not self.ids, earlier=earlier)
 
     def _note(self, turn: Rendered, text: str, pictures: Sequence[Encoded]) -> None:
         """The turn becomes part of the conversation."""

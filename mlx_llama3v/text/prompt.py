@@ -60,19 +60,21 @@ def render(
     generate: bool = False,
     caption: bool = False,
     start: bool = True,
+    earlier: int = 0,
 ) -> Rendered:
     """Lay out `messages`, whose pictures have the shapes `layouts`.
 
     `generate` ends with what the model answers after (the assistant header; with `caption` nothing).
     `caption` is the bare form of stage pretrain: pictures, then the one answer; user text is left out.
     `start=False` is the next turn of a chat whose KV cache is kept: it begins with the <|eot_id|> that ends
-    the answer before it, where a fresh row has <|begin_of_text|>.
+    the answer before it, where a fresh row has <|begin_of_text|>; `earlier` pictures came in the turns before,
+    for layouts that number them.
     Raises ContextError for a picture that is not there, that no turn brings, or that has no visual token, and
     DataError for messages that make no row: none at all, an unknown role, pictures outside user turns, an
     empty turn, nothing to train on.
     """
     check_messages(messages, len(layouts), generate=generate, caption=caption)
-    row = _Row(layouts, tokens, projector)
+    row = _Row(layouts, tokens, projector, earlier)
     if not tokens.layout.markers:
         templated(row, messages, tokens.layout, generate=generate, caption=caption, start=start)
         return row.rendered()
@@ -115,8 +117,10 @@ def describe(rendered: Rendered, tokens: Tokens) -> list[tuple[str, str, int]]:
 class _Row:
     """A row under construction."""
 
-    def __init__(self, layouts: Sequence[SliceLayout], tokens: Tokens, projector: ProjectorConfig) -> None:
-        self.tokens = tokens
+    def __init__(
+        self, layouts: Sequence[SliceLayout], tokens: Tokens, projector: ProjectorConfig, earlier: int
+    ) -> None:
+        self.tokens, self.earlier = tokens, earlier
         self._layouts = layouts
         self._slices = [[projector.num_tokens(grid) for grid in layout.grids] for layout in layouts]
         for number, (layout, counts) in enumerate(zip(layouts, self._slices, strict=True), 1):

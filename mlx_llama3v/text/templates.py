@@ -29,6 +29,7 @@ class Row(Protocol):
     """What a conversation is written into: prompt's row."""
 
     tokens: Tokens
+    earlier: int  # pictures of the turns before this row
 
     def add(self, ids: Iterable[int], *, supervised: bool = False) -> None:
         """Plain tokens."""
@@ -108,7 +109,7 @@ class _Run:
                     self._waiting += self._row.tokens.pieces(part)
 
     def _slice(self, template: str, index: int, span: range) -> None:
-        before, _, after = template.replace("{n}", str(index + 1)).partition("{visual}")
+        before, _, after = template.replace("{n}", str(self._row.earlier + index + 1)).partition("{visual}")
         self._waiting += [*self._row.tokens.pieces(before), span, *self._row.tokens.pieces(after)]
 
     def _tiles(self, index: int) -> None:

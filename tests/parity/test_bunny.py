@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from mlx_llama3v.checkpoint import load_config
 from mlx_llama3v.inference import load
 from mlx_llama3v.weights.vlm import convert_vlm
 from tests import hf_family as hf
-from tests.family_parity import answer, gap
-from tests.hf_edit import edit
+from tests.family_parity import Answered, agree, answer, gap
+from tests.hf_edit import copy, edit
 from tests.hf_llava import picture
 
 QUESTION = "What does it say?"
@@ -35,6 +35,7 @@ class Reference:
     """A random Bunny: parts in torch, its checkpoint in `directory`."""
 
     def __init__(self, directory: Path, scales: tuple[int, ...]) -> None:
+        self.directory = directory
         torch.manual_seed(0)
         self.tokenizer = hf.make_tokenizer(directory)
         self.scales = scales
@@ -51,8 +52,12 @@ class Reference:
             image_aspect_ratio="pad",
             eos_token_id=self.tokenizer.convert_tokens_to_ids("<|end_of_text|>"),
         )
+        self.config = config
+        self.write(directory)
+
+    def write(self, directory: Path) -> Path:
         parts = {"": self.llm, "model.mm_projector.": self.projector}
-        hf.save(directory, config, {**parts, "model.vision_tower.vision_tower.vision_model.": self.tower})
+        return hf.save(directory, self.config, {**parts, "model.vision_tower.vision_tower.vision_model.": self.tower})
 
     def features(self, image: Path) -> torch.Tensor:
         source = Image.open(image).convert("RGB")
@@ -77,47 +82,80 @@ class Reference:
         return self.tower(pixels, output_hidden_states=True).hidden_states[-2]
 
     @torch.no_grad()
-    def answer(self, image: Path) -> tuple[np.ndarray, list[int]]:
+    def answer(self, image: Path) -> Answered:
         pieces = [
             hf.ids(self.tokenizer, f"<|begin_of_text|>{SYSTEM} USER: "),
             self.projector(self.features(image)),
             hf.ids(self.tokenizer, f"\n{QUESTION} ASSISTANT:"),
         ]
         stop = frozenset(self.tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"]))
-        return hf.decode(self.llm, hf.join(self.llm, pieces), stop)
+        return hf.decode(self.llm, pieces, stop)
 
 
-@pytest.mark.parametrize("scales", [(1,), (1, 2, 3)])
+SCALES = {"1.0": (1,), "1.1": (1, 2, 3)}
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
+    folder = tmp_path_factory.mktemp("released")
+    return {version: Reference(folder / f"folder-{len(scales)}", scales) for version, scales in SCALES.items()}
+
+
+@pytest.fixture(scope="module")
+def models(references: dict[str, Reference], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("converted")
+    return {version: convert_vlm(it.directory, folder / version).path for version, it in references.items()}
+
+
+@pytest.mark.parametrize("version", SCALES)
 @pytest.mark.parametrize("size", [(50, 41), (23, 64)])
-def test_logits_and_greedy_answer(scales: tuple[int, ...], size: tuple[int, int], tmp_path: Path) -> None:
-    reference = Reference(tmp_path / "hf", scales)
-    report = convert_vlm(tmp_path / "hf", tmp_path / "model")
-    assert report.config.sources["family"] == "bunny"
+def test_logits_and_greedy_answer(
+    version: str, size: tuple[int, int], references: dict[str, Reference], models: dict[str, Path], tmp_path: Path
+) -> None:
+    assert load_config(models[version]).sources["family"] == "bunny"
     image = picture(tmp_path / "a.png", *size)
-    expected, tokens = reference.answer(image)
-    found, ours = answer(tmp_path / "model", image, QUESTION)
-    assert found.shape == expected.shape
-    assert gap(found, expected) <= 1e-4
-    assert ours == tokens
+    agree(answer(models[version], image, QUESTION), references[version].answer(image))
 
 
-def test_the_tuned_tower_is_the_one_in_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scale", SCALES["1.1"])
+def test_what_one_scale_of_version_11_is(
+    scale: int, references: dict[str, Reference], models: dict[str, Path], tmp_path: Path
+) -> None:
+    """1.1 whose projector looks at the native scale alone is 1.0, on a picture that every way of resizing leaves."""
+    single, many = references["1.0"], Reference(tmp_path / "hf", SCALES["1.1"])
+    with torch.no_grad():
+        many.projector.load_state_dict({**single.projector.state_dict(), "0.weight": torch.zeros(64, 3 * 64)})
+        many.projector[0].weight[:, 64 * (scale - 1) : 64 * scale] = single.projector[0].weight
+    for mine, other in ((many.tower, single.tower), (many.llm, single.llm)):
+        mine.load_state_dict(other.state_dict())
+    convert_vlm(many.write(tmp_path / "hf"), tmp_path / "model")
+    plain = tmp_path / "a.png"
+    Image.new("RGB", (40, 40), (200, 40, 90)).save(plain)
+    one, three = (load_config(path) for path in (models["1.0"], tmp_path / "model"))
+    assert (one.vision_mode, three.vision_mode) == ("native", "s2")
+    assert one.prompt_layout == three.prompt_layout and one.vision_config == three.vision_config
+    found, expected = (answer(path, plain, QUESTION) for path in (tmp_path / "model", models["1.0"]))
+    if scale == 1:
+        agree(found, expected)
+    else:
+        assert found.ids == expected.ids and gap(found.logits, expected.logits) > 1e-3
+
+
+def test_the_tuned_tower_is_the_one_in_the_file(
+    references: dict[str, Reference], models: dict[str, Path], tmp_path: Path
+) -> None:
     """Twin: one moved weight of the tower is felt."""
-    reference = Reference(tmp_path / "hf", (1, 2, 3))
-    convert_vlm(tmp_path / "hf", tmp_path / "model")
     name = "vision_tower.encoder.layers.1.self_attn.out_proj.bias"
-    edit(tmp_path / "model", lambda weights: weights.update({name: weights[name] + 0.2}))
+    spoilt = edit(copy(models["1.1"], tmp_path / "model"), lambda w: w.update({name: w[name] + 0.2}))
     image = picture(tmp_path / "a.png")
-    assert gap(answer(tmp_path / "model", image, QUESTION)[0], reference.answer(image)[0]) > 1e-3
+    assert gap(answer(spoilt, image, QUESTION).logits, references["1.1"].answer(image).logits) > 1e-3
 
 
-def test_the_prompt_is_vicunas(tmp_path: Path) -> None:
+def test_the_prompt_is_vicunas(models: dict[str, Path]) -> None:
     """Trap 8: neither headers nor <|eot_id|>; the second turn follows <|end_of_text|> at once."""
     from mlx_llama3v.text.prompt import Message, render
 
-    Reference(tmp_path / "hf", (1,))
-    convert_vlm(tmp_path / "hf", tmp_path / "model")
-    session = load(tmp_path / "model")
+    session = load(models["1.0"])
     messages = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
     row = render(messages, [], session.tokens, session.model.config.projector_config, generate=True)
     text = session.tokens.decode(row.ids, special=True)
