@@ -182,6 +182,53 @@ def test_threads_prepare_while_the_encoder_works(tmp_path: Path, folder: Path) -
     assert len(encoder.calls) == 3
 
 
+def test_writing_goes_on_while_the_encoder_works(tmp_path: Path, folder: Path) -> None:
+    """The first window is written only when the encoder has begun with the second."""
+    second = threading.Event()
+
+    class Telling(FakeEncoder):
+        def encode(self, slices: Sequence[tuple[Grid, np.ndarray]], batch_size: int = 8) -> list[np.ndarray]:
+            if self.calls:
+                second.set()
+            return super().encode(slices, batch_size)
+
+    class Waiting(StoreWriter):
+        def put(self, name: str, sha: str, encoded: Encoded) -> int:
+            assert second.wait(5)
+            return super().put(name, sha, encoded)
+
+    numbers = {f"{n}": 3 * n for n in range(24)}
+    images = write(folder, {name: str(number) for name, number in numbers.items()})
+    with Waiting(tmp_path / "s", {"weights": "fake"}, shard_bytes=300) as writer:
+        assert embed_images(images, Telling(), writer, batch_size=2).new == 24
+    check(tmp_path / "s", numbers)
+
+
+def test_a_copy_of_what_is_being_written_is_found(tmp_path: Path, folder: Path) -> None:
+    texts = {f"{n}": str(3 * n) for n in range(8)} | {f"copy{n}": str(3 * n) for n in range(8)} | {"last": "30"}
+    encoder = FakeEncoder()
+    summary = run(tmp_path / "s", write(folder, texts), encoder)
+    assert (summary.new, summary.duplicates) == (9, 8) and sum(encoder.calls) == 9
+    check(tmp_path / "s", {name: int(text) for name, text in texts.items()})
+
+
+def test_an_error_of_the_writer_ends_the_run(tmp_path: Path, folder: Path) -> None:
+    """It comes while the next window is encoded, and no third one is."""
+    store = tmp_path / "s"
+
+    class Removing(FakeEncoder):
+        def encode(self, slices: Sequence[tuple[Grid, np.ndarray]], batch_size: int = 8) -> list[np.ndarray]:
+            if not self.calls:
+                store.rename(tmp_path / "elsewhere")
+            return super().encode(slices, batch_size)
+
+    encoder = Removing()
+    with pytest.raises(StoreError, match="cannot be written"):
+        run(store, write(folder, {f"{n}": str(3 * n) for n in range(60)}), encoder)
+    assert 1 <= len(encoder.calls) <= 2
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("write", "prepare"))]
+
+
 def test_the_look_ahead_is_bounded(tmp_path: Path, folder: Path) -> None:
     most = 0
 

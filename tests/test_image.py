@@ -268,6 +268,23 @@ def test_a_turned_jpeg_is_decoded_for_its_upright_size() -> None:
     assert open_image(content, LIMIT, need).size == (250, 500) and seen == [(1000, 2000)]
 
 
+def test_a_quick_overview_is_within_three_grey_levels_and_tiles_are_the_same() -> None:
+    plain = ImageConfig(rescale_factor=1.0, image_mean=(0.0,) * 3, image_std=(1.0,) * 3)
+    for side in ((2000, 1500), (900, 2100), (500, 400)):
+        image = photo(*side)
+        plans = plan(*side, VisionConfig(), TilingConfig())
+        exact, quick = cut(image, plans, plain), cut(image, plans, plain, quick_overview=True)
+        assert len(exact) > 1 and all(
+            np.array_equal(one, other) for one, other in zip(exact[1:], quick[1:], strict=True)
+        )
+        gap = float(np.abs(exact[0] - quick[0]).mean())
+        assert gap <= 3 and (gap > 0) == (min(side) > 4 * 224), (side, gap)
+    unsplit = plan(2000, 1500, VisionConfig(), TilingConfig("squash"))
+    assert np.array_equal(
+        cut(photo(2000, 1500), unsplit, plain), cut(photo(2000, 1500), unsplit, plain, quick_overview=True)
+    )
+
+
 @needs_kit
 def test_photos_decoded_small() -> None:
     found = {}

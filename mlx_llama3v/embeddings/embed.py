@@ -1,4 +1,5 @@
-"""Fills a store: threads prepare pictures while the main thread encodes slices of many pictures at a time.
+"""Fills a store: threads prepare pictures, the main thread encodes slices of many pictures at a time, and one more
+thread compresses and writes what was encoded before. All three work at once, each at most one window ahead.
 
 Pictures are stored in the order given and nothing depends on timing; a run that was killed goes on where the
 last complete shard ends.
@@ -10,7 +11,7 @@ import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from itertools import islice
@@ -77,8 +78,22 @@ class _Prepared:
 
 
 @dataclass
+class _Window:
+    """Names that are stored together, and what is known of them."""
+
+    # content hash -> names, layout, patches of each slice: what the encoder has to make
+    pictures: dict[str, tuple[list[str], SliceLayout, Sequence[np.ndarray]]] = field(default_factory=dict)
+    known: list[tuple[str, str]] = field(default_factory=list)  # name, content hash of a stored picture
+    failed: list[tuple[str, str]] = field(default_factory=list)  # name, reason
+
+    @property
+    def slices(self) -> int:
+        return sum(len(patches) for _, _, patches in self.pictures.values())
+
+
+@dataclass
 class _Run:
-    """Counts of a run, and the prepared pictures that wait for the encoder."""
+    """Counts of a run."""
 
     total: int
     new: int = 0
@@ -90,12 +105,6 @@ class _Run:
     bytes: int = 0
     waiting_seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter)
-    # content hash -> names, layout, patches of each slice
-    queue: dict[str, tuple[list[str], SliceLayout, Sequence[np.ndarray]]] = field(default_factory=dict)
-
-    @property
-    def queued_slices(self) -> int:
-        return sum(len(patches) for _, _, patches in self.queue.values())
 
     def ahead(self, slices: int) -> int:
         """About how many pictures hold that many slices, by what was seen so far."""
@@ -139,18 +148,69 @@ def embed_images(
     todo = [(name, path) for name, path in names.items() if not writer.has(name)]
     run.reused = run.total - len(todo)
     workers = workers or min(8, os.cpu_count() or 1)
-    window = batch_size * _WINDOW
-    for name, prepared in _prepare_ahead(todo, encoder, writer, workers, window, run):
-        _take(name, prepared, writer, run)
-        if run.queued_slices >= window:
-            _encode(encoder, writer, batch_size, run)
-        if progress is not None:
-            progress(run.progress())
-    _encode(encoder, writer, batch_size, run)
+    most = batch_size * _WINDOW
+    window = _Window()
+    with _Behind(writer, run) as behind:
+        for name, prepared in _prepare_ahead(todo, encoder, writer, workers, most, run):
+            _take(name, prepared, window, behind, run)
+            if window.slices >= most:
+                _encode(window, encoder, batch_size, behind, run)
+                window = _Window()
+            if progress is not None:
+                progress(run.progress())
+        _encode(window, encoder, batch_size, behind, run)
+        behind.wait()
     writer.flush()
     if progress is not None:
         progress(run.progress())
     return run.summary()
+
+
+class _Behind:
+    """Compresses and writes one window while the next one is encoded: a thread, and never more than one window in it.
+
+    It alone changes the writer meanwhile. What goes wrong there is raised by the next call here.
+    """
+
+    def __init__(self, writer: StoreWriter, run: _Run) -> None:
+        self.writer, self._run = writer, run
+        self.hashes: frozenset[str] = frozenset()  # of the pictures that are being written
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._running: Future[int] | None = None
+
+    def start(self, window: _Window, made: Mapping[str, Encoded]) -> None:
+        """Write `window` and its pictures' embeddings, once the window before it is written. Raises StoreError."""
+        self.wait()
+        self.hashes = frozenset(made)
+        self._running = self._pool.submit(_write, self.writer, window, made)
+
+    def wait(self) -> None:
+        """Until all that was started is the writer's. Raises StoreError."""
+        running, self._running = self._running, None
+        if running is not None:
+            self._run.bytes += running.result()
+        self.hashes = frozenset()
+
+    def __enter__(self) -> _Behind:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+
+def _write(writer: StoreWriter, window: _Window, made: Mapping[str, Encoded]) -> int:
+    """Runs in the writing thread; bytes of embeddings."""
+    for name, reason in window.failed:
+        writer.fail(name, reason)
+    for name, sha in window.known:
+        writer.alias(name, sha)
+    size = 0
+    for sha, encoded in made.items():
+        first, *others = window.pictures[sha][0]
+        size += writer.put(first, sha, encoded)
+        for name in others:
+            writer.alias(name, sha)
+    return size
 
 
 def _prepare_ahead(
@@ -197,31 +257,33 @@ def _prepare(source: Source, encoder: Encoder, has_hash: Callable[[str], bool]) 
         return _Prepared(sha, reason=str(error))
 
 
-def _take(name: str, prepared: _Prepared, writer: StoreWriter, run: _Run) -> None:
+def _take(name: str, prepared: _Prepared, window: _Window, behind: _Behind, run: _Run) -> None:
     """Sort one picture in: failed, known, or waiting for the encoder."""
+    if prepared.sha in behind.hashes:
+        behind.wait()  # then the writer knows whether it has it
     if prepared.reason:
-        writer.fail(name, prepared.reason)
+        window.failed.append((name, prepared.reason))
         run.failed += 1
-    elif writer.has_hash(prepared.sha):
-        writer.alias(name, prepared.sha)
+    elif behind.writer.has_hash(prepared.sha):
+        window.known.append((name, prepared.sha))
         run.duplicates += 1
-    elif prepared.sha in run.queue:
-        run.queue[prepared.sha][0].append(name)
+    elif prepared.sha in window.pictures:
+        window.pictures[prepared.sha][0].append(name)
     elif prepared.layout is not None:
-        run.queue[prepared.sha] = ([name], prepared.layout, prepared.patches)
+        window.pictures[prepared.sha] = ([name], prepared.layout, prepared.patches)
 
 
-def _encode(encoder: Encoder, writer: StoreWriter, batch_size: int, run: _Run) -> None:
-    """Encode and store what is queued."""
-    slices = [item for _, layout, patches in run.queue.values() for item in zip(layout.grids, patches, strict=True)]
+def _encode(window: _Window, encoder: Encoder, batch_size: int, behind: _Behind, run: _Run) -> None:
+    """Encode a window, and hand it over to be written."""
+    waiting = window.pictures.items()
+    slices = [item for _, (_, layout, patches) in waiting for item in zip(layout.grids, patches, strict=True)]
     found = iter(encoder.encode(slices, batch_size) if slices else [])
-    for sha, (names, layout, _) in run.queue.items():
+    made = {}
+    for sha, (names, layout, _) in waiting:
         values = np.concatenate([next(found) for _ in layout.grids])
-        run.bytes += writer.add(names[0], sha, Encoded(layout, values))
-        for name in names[1:]:
-            writer.alias(name, sha)
+        made[sha] = behind.writer.ready(names[0], Encoded(layout, values))
         run.new += 1
         run.duplicates += len(names) - 1
         run.slices += len(layout.grids)
         run.patches += layout.patches
-    run.queue.clear()
+    behind.start(window, made)

@@ -105,7 +105,11 @@ class RollingWriter:
         """See StoreWriter; what is read again much later is encoded again, or its shard would have to stay."""
         return False
 
-    def add(self, name: str, sha: str, encoded: Encoded) -> int:
+    def ready(self, name: str, encoded: Encoded) -> Encoded:
+        """See StoreWriter."""
+        return encoded if self.post is None else self.post(encoded)
+
+    def put(self, name: str, sha: str, encoded: Encoded) -> int:
         """See StoreWriter."""
         turn = turn_of(name)
         if turn > self._turn:  # pictures come in order, so the turns before are complete
@@ -114,8 +118,6 @@ class RollingWriter:
                 self._write()
         size = 0
         if sha not in self._hashes:
-            if self.post is not None:
-                encoded = self.post(encoded)
             self._pictures.append((sha, encoded.layout, self.codec.encode(encoded.patches, self._channels)))
             self._hashes.add(sha)
             size = self.codec.row_bytes(encoded.patches.shape[-1]) * encoded.layout.patches

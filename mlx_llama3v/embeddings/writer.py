@@ -47,7 +47,7 @@ class StoreWriter:
     """A store opened for adding pictures; a store that exists goes on where it ended.
 
     Use it as a context manager: what is complete is written even when the block ends with an exception. For one
-    thread. A damaged shard is set aside (renamed to *.damaged), so that its pictures are made anew.
+    thread at a time. A damaged shard is set aside (renamed to *.damaged), so that its pictures are made anew.
 
     Attributes:
         set_aside: files of damaged shards and why, as sentences.
@@ -135,11 +135,20 @@ class StoreWriter:
         Raises:
             StoreError: the embeddings are not [layout.patches, D] or not finite, or the disk is full.
         """
+        return self.put(name, sha, encoded if self.has_hash(sha) else self.ready(name, encoded))
+
+    def ready(self, name: str, encoded: Encoded) -> Encoded:
+        """The first half of `add`: check the embeddings and do to them what comes before the codec.
+
+        For the thread that runs the tower: that may be another model. Changes nothing. Raises StoreError.
+        """
+        self._check(name, encoded)
+        return encoded if self.post is None else self.post(encoded)
+
+    def put(self, name: str, sha: str, encoded: Encoded) -> int:
+        """The second half of `add`: compress what `ready` returned, and write a shard when one is full."""
         size = 0
         if not self.has_hash(sha):
-            self._check(name, encoded)
-            if self.post is not None:
-                encoded = self.post(encoded)
             width = encoded.patches.shape[-1]
             if self._width not in (0, width):
                 raise StoreError(f"{name!r}: embeddings have width {width}, those of the store {self._width}.")

@@ -65,7 +65,7 @@ class Encoder:
 
         picture = open_image(source, self.image.max_pixels, need)
         slices = plans[0]
-        pixels = cut(picture, slices, self.image)
+        pixels = cut(picture, slices, self.image, quick_overview=True)
         return slices.layout, [patchify(piece, self.vision.patch_size) for piece in pixels]
 
     def encode(self, slices: Sequence[Slice], batch_size: int = 8) -> list[np.ndarray]:

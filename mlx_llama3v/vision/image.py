@@ -60,21 +60,34 @@ def open_image(source: Source, max_pixels: int, need: Callable[[Size], Size] | N
         return _rgb(ImageOps.exif_transpose(image))
 
 
-def cut(image: Image.Image, plan: Plan, config: ImageConfig) -> list[np.ndarray]:
+def cut(image: Image.Image, plan: Plan, config: ImageConfig, *, quick_overview: bool = False) -> list[np.ndarray]:
     """The slices of an RGB picture, overview first, then tiles in reading order.
 
     Each is float32 [height, width, 3], normalised as the checkpoint's processor says; the overview of a
-    squash plan equals Hugging Face's SigLIP processor.
+    squash plan equals Hugging Face's SigLIP processor. With `quick_overview` the one beside tiles is made from means
+    over blocks of at least half its pixels: up to three grey levels away on average, ten times as fast.
     """
     resample = Image.Resampling(config.resample)
-    slices = [image.resize(plan.overview_px, resample)]
     (w, h), rows, cols = plan.tile_px, plan.layout.rows, plan.layout.cols
-    if rows * cols:
-        whole = image.resize((cols * w, rows * h), resample)
-        corners = [(col * w, row * h) for row in range(rows) for col in range(cols)]
-        slices += [whole.crop((x, y, x + w, y + h)) for x, y in corners]
-    mean, std = np.array(config.image_mean, np.float32), np.array(config.image_std, np.float32)
-    return [(np.asarray(s, np.float32) * np.float32(config.rescale_factor) - mean) / std for s in slices]
+    if not rows * cols:
+        return [_normalised(image.resize(plan.overview_px, resample), config)]
+    overview = image.resize(plan.overview_px, resample, reducing_gap=2.0 if quick_overview else None)
+    whole = _normalised(image.resize((cols * w, rows * h), resample), config)
+    corners = [(row * h, col * w) for row in range(rows) for col in range(cols)]
+    return [_normalised(overview, config), *(whole[y : y + h, x : x + w] for y, x in corners)]
+
+
+def _normalised(image: Image.Image, config: ImageConfig) -> np.ndarray:
+    """float32 [height, width, 3]: scaled, minus mean, over deviation of the channel.
+
+    Whole rows at a time: NumPy takes ten times as long for arrays whose last axis is 3.
+    """
+    pixels = np.array(image, np.float32)
+    rows = pixels.reshape(len(pixels), -1)
+    rows *= np.float32(config.rescale_factor)
+    rows -= np.tile(np.array(config.image_mean, np.float32), image.width)
+    rows /= np.tile(np.array(config.image_std, np.float32), image.width)
+    return pixels
 
 
 def _turned(image: Image.Image, size: Size) -> Size:
