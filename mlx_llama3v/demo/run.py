@@ -36,7 +36,7 @@ def _knob(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Size of the demo; the defaults take 13 minutes of CPU time (two slow x86-64 cores)."""
+    """Size of the demo; the defaults take seven and a half minutes of two x86-64 cores."""
 
     images: int = _knob(2400, "Training pictures to draw.")
     questions: int = _knob(270, "Exam questions, one unseen picture each.")
