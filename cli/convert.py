@@ -11,10 +11,10 @@ from mlx_llama3v.cli import show
 from mlx_llama3v.cli.options import MaxSlices, Offline, tiling
 from mlx_llama3v.config import TilingConfig
 from mlx_llama3v.errors import CheckpointError
-from mlx_llama3v.weights.convert import ConvertReport
+from mlx_llama3v.weights.convert import ConvertReport, Plan, plan
 from mlx_llama3v.weights.convert import convert as convert_checkpoints
 from mlx_llama3v.weights.quantize import RECIPES, QuantConfig
-from mlx_llama3v.weights.vlm import Plan, convert_vlm, plan_vlm
+from mlx_llama3v.weights.vlm import convert_vlm, plan_vlm
 
 
 def register(app: typer.Typer) -> None:
@@ -35,7 +35,13 @@ def convert(
         ),
     ] = None,
     mlx_path: Annotated[Path, typer.Option("--mlx-path", help="Model directory to write.")] = Path("mlx_model"),
-    projector: Annotated[str, typer.Option("--projector", help="attention, linear or mlp.")] = "attention",
+    projector: Annotated[
+        str,
+        typer.Option(
+            "--projector",
+            help="attention, linear or mlp; or a trained one: the .safetensors file of a LLaVA projector.",
+        ),
+    ] = "attention",
     quantize: Annotated[bool, typer.Option("-q", "--quantize", help="Quantize the decoder.")] = False,
     q_bits: Annotated[int, typer.Option("--q-bits", help="Bits per weight.")] = 4,
     q_group_size: Annotated[
@@ -56,7 +62,7 @@ def convert(
     prompt_layout: Annotated[
         str | None,
         typer.Option(
-            "--prompt-layout", help="With --hf-path: another prompt than the checkpoint's.", show_default=False
+            "--prompt-layout", help="Of a trained model: another prompt than the checkpoint's.", show_default=False
         ),
     ] = None,
     vision_mode: Annotated[
@@ -66,7 +72,7 @@ def convert(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="With --hf-path: show family, names and sizes; write nothing.")
+        bool, typer.Option("--dry-run", help="Show family, names, what does not fit, and sizes; write nothing.")
     ] = False,
     offline: Offline = False,
 ) -> None:
@@ -93,20 +99,27 @@ def convert(
         return
     if vision is None or llm is None:
         raise CheckpointError("expected --vision and --llm, or --hf-path for a finished model.")
-    if dry_run or prompt_layout or vision_mode:
-        raise CheckpointError("--dry-run, --prompt-layout and --vision-mode go with --hf-path only.")
+    if vision_mode:
+        raise CheckpointError("--vision-mode goes with --hf-path only.")
+    parts: dict[str, Any] = {
+        "projector": projector,
+        "tiling": None if max_slices is None else tiling(TilingConfig(), max_slices),
+        "quantize": quant,
+        "dtype": dtype,
+        "prompt_layout": prompt_layout,
+        "offline": offline,
+    }
+    if dry_run:
+        print_plan(plan(vision, llm, **parts))
+        return
     with show.bar("convert", "MB") as bar:
         report = convert_checkpoints(
             vision,
             llm,
             mlx_path,
-            projector=projector,
-            tiling=tiling(TilingConfig(), max_slices),
-            quantize=quant,
-            dtype=dtype,
             seed=seed,
-            offline=offline,
             progress=lambda done, total: bar.update(done // 10**6, total // 10**6),
+            **parts,
         )
     print_report(report)
 
@@ -127,26 +140,26 @@ def _finished(hf_path: str, mlx_path: Path, dry_run: bool, options: dict[str, An
     print_report(report)
 
 
-def print_plan(plan: Plan) -> None:
+def print_plan(found: Plan) -> None:
     """Family, every rename, what is left over or missing, and sizes."""
-    show.table("tensors", ["theirs", "ours"], [[a, b] for a, b in plan.renamed.names.items()])
+    show.table("tensors", ["theirs", "ours"], [[a, b] for a, b in found.renamed.names.items()])
     for title, names in (
-        ("not used", plan.renamed.skipped),
-        ("left over", plan.renamed.unknown),
-        ("problem", plan.problems),
+        ("not used", found.renamed.skipped),
+        ("left over", found.renamed.unknown),
+        ("problem", found.problems),
     ):
         for name in names:
             show.out.print(f"{title}: {name}")
-    config = plan.config
+    config = found.config
     show.out.print(
-        f"Family: {plan.family.name} ({plan.family.title}); prompt layout {config.prompt_layout.name}; "
+        f"Family: {found.name} ({found.title}); prompt layout {config.prompt_layout.name}; "
         f"projector {config.projector_config.kind}; feature layer {config.vision_feature_layer}."
     )
-    fits = "fits" if not plan.problems and not plan.renamed.unknown else "does not fit"
+    fits = "fits" if not found.problems and not found.renamed.unknown else "does not fit"
     show.out.print(
-        f"{len(plan.renamed.names)} tensors renamed, {len(plan.renamed.skipped)} not used, "
-        f"{len(plan.renamed.unknown)} left over, {len(plan.problems)} problems: it {fits}; "
-        f"{show.size(plan.bytes_before)} before, {show.size(plan.bytes_after)} after. Nothing was written."
+        f"{len(found.renamed.names)} tensors renamed, {len(found.renamed.skipped)} not used, "
+        f"{len(found.renamed.unknown)} left over, {len(found.problems)} problems: it {fits}; "
+        f"{show.size(found.bytes_before)} before, {show.size(found.bytes_after)} after. Nothing was written."
     )
 
 
@@ -169,3 +182,4 @@ def print_report(report: ConvertReport) -> None:
             f"the likeliest token stayed at {report.probe.agreement:.0%} of the positions."
         )
     show.out.print(f"Model directory: {report.path}")
+    show.leftovers(report.path)

@@ -55,6 +55,12 @@ def export(
     """Write a model so that other programs can use it.
 
     Example: `llama3v-mlx export --model model --run runs/sft --format hf --output hf-model`
+
+    `llama3v-mlx export --model model --run runs/sft --format peft --output adapter`
+
+    `llama3v-mlx export --model model --run runs/sft --format gguf --gguf-type q8_0 --output gguf`
+
+    `llama3v-mlx export --model model --run runs/sft --format hub --repo me/my-model --output upload --dry-run`
     """
     from mlx_llama3v.checkpoint import resolve
     from mlx_llama3v.weights.export import export_hf
@@ -63,6 +69,7 @@ def export(
     from mlx_llama3v.weights.peft import export_peft
 
     path = resolve(model, offline=offline)
+    show.leftovers(output)
     if format is Format.hub:
         if repo is None:
             raise CheckpointError("--format hub uploads a model; expected --repo owner/name (also with --dry-run).")

@@ -6,12 +6,14 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mlx_llama3v.directory import leftovers as find_leftovers
 from mlx_llama3v.inference import Answer
 from mlx_llama3v.platform import peak_memory
 
@@ -46,6 +48,12 @@ def bar(label: str, unit: str) -> Iterator[Bar]:
     )
     with Progress(*columns, console=err, refresh_per_second=4) as progress:
         yield Bar(progress, unit, label)
+
+
+def leftovers(target: Path) -> None:
+    """Say what killed commands left beside `target`; a hidden directory of many gigabytes is easily forgotten."""
+    for path, held in find_leftovers(target.expanduser().resolve().parent):
+        err.print(f"note: {path} ({size(held)}) was left by a command that was killed; delete it.")
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -10,10 +10,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import mlx.nn as nn
 
 from mlx_llama3v.compat import linear_to_lora_layers
 from mlx_llama3v.config import ImageConfig, ModelConfig, SiglipTextConfig, VisionConfig, known
+from mlx_llama3v.directory import LEGAL_FILES, TOKENIZER_FILES, replacing
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.model import Llama3V, quantize_layers
 from mlx_llama3v.platform import device_name
@@ -56,14 +55,6 @@ __all__ = [
     "save_safetensors_atomic",
 ]
 
-# What a checkpoint consists of, beside weights: also what is copied, and what may be replaced.
-TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "spiece.model",
-    "chat_template*", "generation_config.json",
-)  # fmt: skip
-LEGAL_FILES = ("LICENSE*", "USE_POLICY*", "NOTICE*")
-MODEL_FILES = ("config.json", "preprocessor_config.json", "processor_config.json", "model*.safetensors*")
-_OURS = (*MODEL_FILES, *TOKENIZER_FILES, *LEGAL_FILES, "README.md", "siglip", ".*")
 _ELSEWHERE = ["original/*", "onnx/*", "openvino/*", "gguf/*", "checkpoint*/*", "runs/*"]
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -317,60 +308,6 @@ def _add_adapters(decoder: nn.Module, config_file: Path) -> dict[str, mx.array]:
     return {name: v for name, v in parameters(decoder).items() if name.rpartition(".")[2] in added}
 
 
-def check_output(directory: str | Path) -> Path:
-    """The absolute path of an output directory that may be written: absent, empty, or a model directory.
-
-    Raises CheckpointError otherwise, also where a model directory holds files that saving does not write:
-    they would be lost.
-    """
-    path = Path(directory).expanduser().resolve()
-    if path.exists() and not path.is_dir():
-        raise CheckpointError(f"{path} is a file; expected a directory to write the model to.")
-    names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
-    if not names:
-        return path
-    config = path / "config.json"
-    if not config.is_file() or read_json(config).get("model_type") != "llama3v":
-        raise CheckpointError(f"{path} is not empty and not a model directory of ours; it is not overwritten.")
-    foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in _OURS)]
-    if foreign:
-        raise CheckpointError(f"{path} also holds {', '.join(foreign)}; move that away, it would be overwritten.")
-    return path
-
-
-@contextmanager
-def write_directory(directory: str | Path) -> Iterator[Path]:
-    """As `replacing`, for what is not a model directory: `directory` must be absent or empty."""
-    path = Path(directory).expanduser().resolve()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError(f"{path} exists; expected a new or empty directory to write to.")
-    with replacing(path) as partial:
-        yield partial
-
-
-@contextmanager
-def replacing(directory: str | Path) -> Iterator[Path]:
-    """A new, empty directory beside `directory` that takes its place when the block ends without an error."""
-    target = check_output(directory)
-    # Fixed names: the next run clears what a killed one left.
-    partial, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        sync(partial)
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            os.rename(target, old)
-        os.rename(partial, target)
-        sync(target.parent)
-    finally:
-        if old.exists() and not target.exists():
-            os.rename(old, target)
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def save_model(
     directory: str | Path,
     config: ModelConfig,
@@ -384,7 +321,7 @@ def save_model(
 
     `weights` is consumed as a stream (names as in the directory); `files` maps further names to a file to
     copy or a text to write; `progress` is told the bytes done so far. Raises CheckpointError (see
-    `check_output`).
+    `directory.replacing`).
     """
     with replacing(directory) as partial:
         write_shards(partial, weights, shard_bytes, progress)

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import mlx.core as mx
@@ -23,7 +24,7 @@ from mlx_llama3v.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 << 30
-_PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -54,13 +55,27 @@ def weight_files(directory: Path) -> list[Path]:
         return [directory / "model.safetensors"]
     if files := sorted(directory.glob("*.safetensors")):
         return files
-    pickles = sorted(file.name for file in directory.iterdir() if file.suffix in _PICKLES)
+    pickles = sorted(file.name for file in directory.iterdir() if file.suffix in PICKLES)
     if pickles:
         raise CheckpointError(
-            f"{directory} has its weights only in {', '.join(pickles)}; expected safetensors, "
-            "since pickles can run code and are not read."
+            f"{directory} has its weights only in {', '.join(pickles)}; expected safetensors: "
+            + pickle_refusal(directory / pickles[0])
         )
     raise CheckpointError(f"{directory} has no *.safetensors file; expected a checkpoint with weights.")
+
+
+def pickle_refusal(path: Path) -> str:
+    """Why a pickle is not opened, and the line with which its owner makes a safetensors file of it."""
+    code = (
+        "import sys, torch, safetensors.torch as s; "
+        's.save_file({k: v.contiguous().clone() for k, v in torch.load(sys.argv[1], map_location="cpu", '
+        "weights_only=True).items()}, sys.argv[2])"
+    )
+    return (
+        f"{path} is a pickle, which can run code as it is read, and is not opened; if you trust it, convert it once "
+        f"where torch and safetensors are installed, then use the new file: python -c '{code}' "
+        f"{quote(str(path))} {quote(str(path.with_suffix('.safetensors')))}"
+    )
 
 
 def load_file(path: Path) -> dict[str, mx.array]:

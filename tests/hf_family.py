@@ -104,22 +104,36 @@ def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> torch.Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
 
 
+def ends_and_unsaid(tokenizer: PreTrainedTokenizerFast, vocabulary: int) -> tuple[list[int], list[int]]:
+    """What ends an answer; what none may hold: the eight highest reserved ids, names like `<image>`, and padding."""
+    names = tokenizer.get_added_vocab()
+    reserved = sorted(i for name, i in names.items() if "reserved_special" in name)
+    beyond = [i for i in range(vocabulary) if i > reserved[-1]]
+    foreign = [i for name, i in names.items() if not name.startswith("<|")]
+    return [names["<|end_of_text|>"], names["<|eot_id|>"]], sorted({*reserved[-8:], *beyond, *foreign})
+
+
 @torch.no_grad()
-def decode(model: LlamaForCausalLM, pieces: list[torch.Tensor], stop: frozenset[int], count: int = 8) -> Answered:
+def decode(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pieces: list[torch.Tensor], count: int = 8
+) -> Answered:
     """Ids [N] and vectors [N, D] in order -> the prompt's logits, and the greedy answer, computed anew a token."""
     table = model.get_input_embeddings()
     inputs = torch.cat([table(piece) if piece.ndim == 1 else piece for piece in pieces])[None]
     prompt = [token for piece in pieces for token in (piece.tolist() if piece.ndim == 1 else [VISUAL] * len(piece))]
-    first = model(inputs_embeds=inputs).logits[0]
-    logits, found = first, []
+    stop, unsaid = ends_and_unsaid(tokenizer, model.config.vocab_size)
+    first = model(inputs_embeds=inputs).logits[0].numpy()
+    last, found = first[-1], []
     for _ in range(count):
-        token = int(logits[-1].argmax())
+        last = last.copy()
+        last[unsaid] = -np.inf
+        token = int(last.argmax())
         if token in stop:
             break
         found.append(token)
         inputs = torch.cat([inputs, model.get_input_embeddings()(torch.tensor([[token]]))], dim=1)
-        logits = model(inputs_embeds=inputs).logits[0]
-    return Answered(first.numpy(), found, prompt)
+        last = model(inputs_embeds=inputs).logits[0, -1].numpy()
+    return Answered(first, found, prompt)
 
 
 def mlp(width: int, hidden: int) -> torch.nn.Sequential:

@@ -117,6 +117,8 @@ def reference(
     import torch
     from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast, SiglipImageProcessor
 
+    from tests.hf_family import ends_and_unsaid
+
     images = [image] if isinstance(image, Path) else list(image)
     model = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
@@ -126,7 +128,7 @@ def reference(
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=False
     )
-    stop = tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|end_of_text|>"])
+    stop, unsaid = ends_and_unsaid(tokenizer, model.config.text_config.vocab_size)
     with torch.no_grad():
         logits = model(input_ids=ids, pixel_values=pixels).logits[0].numpy()
         out = model.generate(
@@ -137,6 +139,7 @@ def reference(
             do_sample=False,
             pad_token_id=0,
             eos_token_id=stop,
+            suppress_tokens=unsaid,
         )
     shown = model.config.image_token_id
     prompt = [VISUAL if token == shown else token for token in ids[0].tolist()]

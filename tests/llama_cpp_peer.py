@@ -61,14 +61,16 @@ class Peer:
         self.llama.eval(list(ids))
         return self._continue(len(ids), count)
 
-    def _continue(self, past: int, count: int) -> list[int]:
-        """Greedy tokens up to one that llama.cpp itself takes for an end."""
+    def _continue(self, past: int, count: int, unsaid: Sequence[int] = ()) -> list[int]:
+        """Greedy tokens up to one that llama.cpp itself takes for an end, none of `unsaid`."""
         found: list[int] = []
         vocab = self._api.llama_model_get_vocab(self.llama.model)
         size = self.llama.n_vocab()
         while len(found) < count:
             row = self._api.llama_get_logits_ith(self.llama.ctx, -1)
-            token = int(np.ctypeslib.as_array(row, (size,)).argmax())
+            logits = np.array(np.ctypeslib.as_array(row, (size,)))
+            logits[list(unsaid)] = -np.inf
+            token = int(logits.argmax())
             if self._api.llama_vocab_is_eog(vocab, token):
                 break
             found.append(token)
@@ -103,11 +105,11 @@ class Peer:
         shape = api.mtmd_input_chunk_get_n_tokens(chunk), self.llama.n_embd()
         return np.array(np.ctypeslib.as_array(api.mtmd_get_output_embd(self._pictures), shape))
 
-    def answer(self, prompt: str, pictures: Sequence[np.ndarray], count: int) -> list[int]:
-        """The greedy answer to a prompt with pictures."""
+    def answer(self, prompt: str, pictures: Sequence[np.ndarray], count: int, unsaid: Sequence[int] = ()) -> list[int]:
+        """The greedy answer to a prompt with pictures; `unsaid` ids are left out, as a client's logit bias does."""
         api, past = self._mtmd, self._api.llama_pos(0)
         self._api.llama_memory_clear(self._api.llama_get_memory(self.llama.ctx), True)
         chunks = self._chunks(prompt, pictures)
         ended = api.mtmd_helper_eval_chunks(self._pictures, self.llama.ctx, chunks, 0, 0, 512, True, ctypes.byref(past))
         assert ended == 0
-        return self._continue(past.value, count)
+        return self._continue(past.value, count, unsaid)

@@ -83,7 +83,7 @@ def test_dry_run_names_every_tensor_and_writes_nothing(llava: Path, tmp_path: Pa
     plan = plan_vlm(llava, dtype="float16")
     names = set(mx.load(str(llava / "model.safetensors")))
     assert set(plan.renamed.names) | set(plan.renamed.skipped) == names
-    assert plan.family.name == "hf-llava" and not plan.renamed.unknown and not plan.problems
+    assert plan.name == "hf-llava" and not plan.renamed.unknown and not plan.problems
     assert plan.bytes_after < plan.bytes_before
     assert sorted(llava.iterdir()) == before
 

@@ -15,7 +15,7 @@ PACKAGE = "mlx_llama3v"
 # Left may not import right; names in one group may import each other unless they are set APART.
 ORDER = (
     ("errors", "version", "platform", "layout", "source", "config", "lanes", "kernels"),
-    ("tensors",),
+    ("tensors", "directory"),
     ("vision", "text"),
     ("embeddings",),
     ("compat",),

@@ -17,6 +17,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TAGS = "library_name: mlx\npipeline_tag: image-text-to-text\ntags: [mlx, llama3v]\n"
 _FRESH = "The projector is random: it has to be trained (`llama3v-mlx train`) before the model can see."
 _FINISHED = "All parts come trained from the source model."
+_GIVEN = "All three parts come trained from the sources."
 _TRAINED = "The projector and the decoder's changes come from the training run `{run}`."
 _METRICS = {
     "loss": "training loss",
@@ -51,7 +52,7 @@ def model_card(config: ModelConfig, parameters: int, *, name: str = "", facts: R
     bases = base_models(config)
     parts = " and ".join(f"the {part} of `{base}`" for part, base in bases.items())
     bits = f", quantized to {config.quantization['bits']} bits" if config.quantization else ""
-    state = _TRAINED.format(run=run) if run else _FINISHED if whole else _FRESH
+    state = _TRAINED.format(run=run) if run else _FINISHED if whole else _GIVEN if "projector" in bases else _FRESH
     sections = [
         f"# {name.rpartition('/')[2] or whole or ' + '.join(bases.values())}",
         f"A vision-language model for mlx-llama3v: {parts}{bits}, joined by a projector of kind "
@@ -69,7 +70,9 @@ def base_models(config: ModelConfig) -> dict[str, str]:
     whole = config.sources.get("model")
     if whole:
         return {"SigLIP tower, projector and Llama decoder": whole}
-    return {"SigLIP tower": config.sources.get("vision", "?"), "Llama decoder": config.sources.get("llm", "?")}
+    held = config.sources
+    given = {"projector": held["projector"]} if "projector" in held else {}
+    return {"SigLIP tower": held.get("vision", "?"), **given, "Llama decoder": held.get("llm", "?")}
 
 
 def _licence(config: ModelConfig, base: str) -> str:

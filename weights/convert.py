@@ -16,18 +16,23 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_llama3v.checkpoint import check_output, parse_dtype, resolve, save_model
+from mlx_llama3v.checkpoint import parse_dtype, resolve, save_model
 from mlx_llama3v.config import ModelConfig, ProjectorConfig, TilingConfig
+from mlx_llama3v.directory import check_output
 from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.layout import named_layout
 from mlx_llama3v.model import Llama3V, quantize_layers
 from mlx_llama3v.tensors import SHARD_BYTES, mismatches, parameters, refuse
 from mlx_llama3v.text.tokens import Tokens
+from mlx_llama3v.vision.siglip import SiglipModel, VisionTower
 from mlx_llama3v.weights import llama as llama_files
 from mlx_llama3v.weights import siglip as siglip_files
 from mlx_llama3v.weights.card import model_card
+from mlx_llama3v.weights.family import SQUASH, Renamed
 from mlx_llama3v.weights.licences import licence_of
 from mlx_llama3v.weights.llama import LlamaSource, read_llama
 from mlx_llama3v.weights.probe import Probe, probe
+from mlx_llama3v.weights.projector_file import ProjectorFile, is_file_like, read_projector
 from mlx_llama3v.weights.quantize import LayerReport, QuantConfig, measure, quantize_model, quantize_tower
 from mlx_llama3v.weights.siglip import SiglipSource, read_siglip
 
@@ -50,50 +55,101 @@ class ConvertReport:
         return tuple(layer for layer in self.layers if layer.bits is not None)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion would do: `convert --dry-run`."""
+
+    name: str
+    title: str
+    config: ModelConfig
+    renamed: Renamed
+    problems: tuple[str, ...]  # missing and misshapen tensors
+    bytes_before: int
+    bytes_after: int  # 0 where it does not fit
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The checkpoints of a conversion, and the model that they make."""
+
+    siglip: SiglipSource
+    llama: LlamaSource
+    given: ProjectorFile | None  # a projector that others trained
+    config: ModelConfig
+
+
+def plan(
+    vision: str | Path,
+    llm: str | Path,
+    *,
+    projector: str | Path = "attention",
+    pool: int | None = None,
+    tiling: TilingConfig | None = None,
+    quantize: QuantConfig | None = None,
+    dtype: str | None = None,
+    prompt_layout: str | None = None,
+    offline: bool = False,
+) -> Plan:
+    """What `convert` would do, without writing; arguments as there. Raises CheckpointError for other models."""
+    parts = _open(vision, llm, projector, pool, tiling, quantize, prompt_layout, offline)
+    siglip, llama, given = parts.siglip, parts.llama, parts.given
+    model = _model(parts)
+    wanted = expected(parts.config, model)
+    kept = model.sanitize(llama.weights)
+    names = {f"vision: {theirs}": ours for theirs, ours in siglip.names.items()}
+    names |= {f"llm: {theirs}": ours if ours in kept else "" for theirs, ours in llama.names.items()}
+    names |= {f"projector: {theirs}": ours for theirs, ours in given.names.items()} if given else {}
+    renamed = Renamed(
+        {theirs: ours for theirs, ours in names.items() if ours in wanted},
+        tuple(theirs for theirs, ours in names.items() if not ours),
+        tuple(theirs for theirs, ours in names.items() if ours and ours not in wanted)
+        + tuple(f"projector: {theirs}" for theirs in (given.left_over if given else ())),
+    )
+    read = {**siglip.weights, **llama.weights, **(given.weights if given else {})}
+    fresh = {name: v for name, v in parameters(model).items() if name.startswith("projector.")}
+    found = {name: v for name, v in {**fresh, **read}.items() if name in wanted}
+    problems = tuple(mismatches(wanted, found))
+    before = sum(value.nbytes for value in read.values())
+    finished = {} if problems or renamed.unknown else _finish(parts, model, quantize, dtype)[0]
+    after = sum(value.nbytes for value in finished.values())
+    name = "siglip + llama + projector" if given else "siglip + llama"
+    title = "a trained projector between two models" if given else "two models and a fresh projector"
+    return Plan(name, title, parts.config, renamed, problems, before, after)
+
+
 def convert(
     vision: str | Path,
     llm: str | Path,
     mlx_path: str | Path,
     *,
-    projector: str = "attention",
+    projector: str | Path = "attention",
     pool: int | None = None,
     tiling: TilingConfig | None = None,
     quantize: QuantConfig | None = None,
     dtype: str | None = None,
     seed: int = 0,
+    prompt_layout: str | None = None,
     offline: bool = False,
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConvertReport:
     """Join a SigLIP and a Llama-3 checkpoint (directories or Hub ids) in a new model directory.
 
+    `projector` is the kind of a fresh one, or a file (directory, Hub id) with a trained one of LLaVA's kinds: the model
+    is then run as llama-3-vision-alpha is (last but one hidden state, one square, its prompt or `prompt_layout`).
     `pool` is the projector's pooling factor (default 3, or 2 for towers of fewer than 12 patches a side);
     `dtype` that of tower and decoder (default: as stored), the projector is float32; `seed` makes the
     projector (it seeds MLX's global generator); `progress(done, total)` counts bytes. Raises CheckpointError,
     and before anything is written names every tensor that is missing, unexpected or of the wrong shape.
     """
     target = check_output(mlx_path)
-    siglip, llama = read_siglip(resolve(vision, offline)), read_llama(resolve(llm, offline))
-    if quantize and llama.quantization:
-        raise CheckpointError(f"{llm} is already quantized to {llama.quantization['bits']} bits; leave -q out.")
-    config = ModelConfig(
-        vision_config=siglip.vision,
-        text_config=llama.config,
-        projector_config=_projector_config(projector, pool, siglip, llama),
-        tiling=tiling or TilingConfig(),
-        image=siglip.image,
-        marker_ids=_marker_ids(llama),
-        eos_token_ids=llama.eos_token_ids,
-        siglip_text_config=siglip.text,
-        quantization=quantize.setting(llama.config["num_hidden_layers"]) if quantize else llama.quantization,
-        sources={
-            "vision": source_name(vision),
-            "llm": source_name(llm),
-            "vision_licence": licence_of(source_name(vision), siglip.directory),
-            "llm_licence": licence_of(source_name(llm), llama.directory),
-        },
-    )
-    weights, layers = _weights(config, siglip, llama, quantize, dtype, seed)
+    parts = _open(vision, llm, projector, pool, tiling, quantize, prompt_layout, offline)
+    config = parts.config
+    mx.random.seed(seed)
+    model = _model(parts)
+    refuse(_mismatches(parts, model), f"{parts.siglip.directory} + {parts.llama.directory}")
+    weights, layers = _finish(parts, model, quantize, dtype)
+    del model  # or a tensor's memory would not be free once it is written
     report = report_of(target, config, weights, layers)
     total = sum(report.bytes.values())
     check_space(target, total)
@@ -101,13 +157,54 @@ def convert(
         target,
         config,
         drain(weights),
-        files=_files(report, siglip, llama),
+        files=_files(report, parts.siglip, parts.llama),
         shard_bytes=shard_bytes,
         progress=progress and (lambda done: progress(done, total)),
     )
     if quantize:
-        report = replace(report, probe=probe(read_llama(llama.directory).weights, target, config))
+        report = replace(report, probe=probe(read_llama(parts.llama.directory).weights, target, config))
     return report
+
+
+def _open(
+    vision: str | Path,
+    llm: str | Path,
+    projector: str | Path,
+    pool: int | None,
+    tiling: TilingConfig | None,
+    quantize: QuantConfig | None,
+    prompt_layout: str | None,
+    offline: bool,
+) -> _Parts:
+    siglip, llama = read_siglip(resolve(vision, offline)), read_llama(resolve(llm, offline))
+    if quantize and llama.quantization:
+        raise CheckpointError(f"{llm} is already quantized to {llama.quantization['bits']} bits; leave -q out.")
+    given = read_projector(projector, offline) if is_file_like(str(projector)) else None
+    sources = {
+        "vision": source_name(vision),
+        "llm": source_name(llm),
+        "vision_licence": licence_of(source_name(vision), siglip.directory),
+        "llm_licence": licence_of(source_name(llm), llama.directory),
+    }
+    config = ModelConfig(
+        vision_config=siglip.vision,
+        text_config=llama.config,
+        projector_config=_projector_config(given.kind if given else str(projector), pool, siglip, llama),
+        tiling=tiling or (SQUASH if given else TilingConfig()),
+        image=siglip.image,
+        marker_ids=_marker_ids(llama),
+        eos_token_ids=llama.eos_token_ids,
+        siglip_text_config=siglip.text,
+        quantization=quantize.setting(llama.config["num_hidden_layers"]) if quantize else llama.quantization,
+        sources=sources,
+    )
+    if given:
+        layout = named_layout(prompt_layout or "vision-alpha")
+        sources["projector"] = source_name(projector)
+        config = replace(config, vision_feature_layer=-2, prompt_layout=layout)
+    elif prompt_layout:
+        raise CheckpointError("a prompt layout goes with a trained model; a fresh projector is trained with ours.")
+    return _Parts(siglip, llama, given, config)
 
 
 def _projector_config(kind: str, pool: int | None, siglip: SiglipSource, llama: LlamaSource) -> ProjectorConfig:
@@ -145,34 +242,53 @@ def source_name(path_or_repo: str | Path) -> str:
     return path.resolve().name if path.exists() else str(path_or_repo)
 
 
-def _weights(
-    config: ModelConfig,
-    siglip: SiglipSource,
-    llama: LlamaSource,
-    quantize: QuantConfig | None,
-    dtype: str | None,
-    seed: int,
+def _model(parts: _Parts) -> Llama3V:
+    """The model without the decoder's weights: layers as they are stored, a fresh projector."""
+    model, llama = Llama3V(parts.config), parts.llama
+    if llama.quantization:
+        quantize_layers(model, llama.quantization, only=llama_files.PREFIX, stored=llama.weights)
+    if parts.given:
+        model.projector.markers = mx.zeros_like(model.projector.markers)  # its layout has none
+    return model
+
+
+def expected(config: ModelConfig, model: Llama3V) -> dict[str, mx.array]:
+    """All tensors of a model directory, by the shapes they must have."""
+    vision, text = config.vision_config, config.siglip_text_config
+    tower = parameters(SiglipModel(vision, text)) if text is not None else {}
+    if text is None:
+        tower = {f"vision_model.{name}": value for name, value in parameters(VisionTower(vision)).items()}
+    return {**siglip_files.rename(tower), **parameters(model)}
+
+
+def _mismatches(parts: _Parts, model: Llama3V) -> list[str]:
+    """A phrase for each tensor that does not fit, in all checkpoints."""
+    found = model.sanitize(parts.llama.weights)
+    named = {name.removeprefix(llama_files.PREFIX): value for name, value in found.items()}
+    phrases = [f"--vision: {text}" for text in parts.siglip.problems]
+    phrases += [f"--llm: {text}" for text in mismatches(parameters(model.language_model), named)]
+    if parts.given:
+        body = parameters(model.projector.body)
+        phrases += [f"--projector: {text}" for text in mismatches(body, parts.given.weights, "projector.body.")]
+        phrases += [f"--projector: unexpected {name}" for name in parts.given.left_over]
+    return phrases
+
+
+def _finish(
+    parts: _Parts, model: Llama3V, quantize: QuantConfig | None, dtype: str | None
 ) -> tuple[dict[str, mx.array], tuple[LayerReport, ...]]:
     """All lazy tensors of the new directory, and the quantization of each layer.
 
-    The sources are emptied, so that a tensor's memory is free once it is written. Raises one CheckpointError
-    for the bad tensors of both.
+    The sources are emptied, so that a tensor's memory is free once it is written.
     """
-    mx.random.seed(seed)
-    model = Llama3V(config)
-    decoder = model.language_model
-    if llama.quantization:
-        quantize_layers(model, llama.quantization, only=llama_files.PREFIX, stored=llama.weights)
-    found = model.sanitize(llama.weights)
-    named = {name.removeprefix(llama_files.PREFIX): value for name, value in found.items()}
-    phrases = [f"--vision: {text}" for text in siglip.problems]
-    phrases += [f"--llm: {text}" for text in mismatches(parameters(decoder), named)]
-    refuse(phrases, f"{siglip.directory} + {llama.directory}")
-    decoder.load_weights(list(named.items()))
+    config, siglip, llama = parts.config, parts.siglip, parts.llama
+    model.load_weights(list(model.sanitize(llama.weights).items()), strict=False)
+    if parts.given:
+        model.load_weights(list(parts.given.weights.items()), strict=False)
     tower = dict(siglip.weights)
     if dtype is not None:
         wanted = parse_dtype(dtype)
-        decoder.set_dtype(wanted)
+        model.language_model.set_dtype(wanted)
         # logit_scale and logit_bias are two numbers; rounding them would buy nothing.
         tower = {name: v if name.startswith("logit_") else v.astype(wanted) for name, v in tower.items()}
     layers: tuple[LayerReport, ...] = ()

@@ -17,16 +17,9 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from mlx_llama3v.checkpoint import (
-    LEGAL_FILES,
-    TOKENIZER_FILES,
-    load_run,
-    read_model,
-    resolve,
-    run_pool,
-    write_directory,
-)
+from mlx_llama3v.checkpoint import load_run, read_model, resolve, run_pool
 from mlx_llama3v.config import ModelConfig, TilingConfig
+from mlx_llama3v.directory import LEGAL_FILES, TOKENIZER_FILES, write_directory
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.tensors import (
@@ -152,7 +145,9 @@ def image_token(source: Path, config: ModelConfig) -> int:
 
 
 def _generation(config: ModelConfig, tokens: Tokens) -> dict[str, Any]:
-    return {"bos_token_id": tokens.bos, "eos_token_id": sorted(tokens.stop), "do_sample": False}
+    """What transformers' `generate` needs for our greedy answer: it ends where ours does, and says nothing else."""
+    ends: dict[str, Any] = {"bos_token_id": tokens.bos, "eos_token_id": sorted(tokens.stop), "do_sample": False}
+    return {**ends, "suppress_tokens": list(tokens.unsaid(config.text_config["vocab_size"]))}
 
 
 def split(ours: Mapping[str, mx.array], config: ModelConfig) -> tuple[dict[str, mx.array], dict[str, mx.array]]:

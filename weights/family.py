@@ -101,13 +101,16 @@ def rename(family: Family, names: Iterable[str]) -> Renamed:
 
 
 def is_clip(source: Source) -> bool:
-    """CLIP's tower has a class token and a norm before its blocks; SigLIP's has neither."""
-    kinds = {
-        str((source.config.get("vision_config") or {}).get("model_type", "")),
-        str(source.config.get("mm_vision_tower")),
-    }
+    """CLIP's tower has a class token and a norm before its blocks; SigLIP's has neither.
+
+    Names are asked only where they say what a tower is: vision_config's model_type, and mm_vision_tower where the
+    checkpoint has no tower of its own.
+    """
+    names = [str((source.config.get("vision_config") or {}).get("model_type", ""))]
+    if not source.has(r"embeddings\.patch_embedding\.weight$"):
+        names.append(str(source.config.get("mm_vision_tower")))
     return source.has(r"class_embedding|pre_layrnorm") or any(
-        "clip" in k.lower() and "siglip" not in k.lower() for k in kinds
+        "clip" in name.lower() and "siglip" not in name.lower() for name in names
     )
 
 
@@ -132,8 +135,16 @@ def decoder_config(values: Mapping[str, Any], tied: bool = False) -> dict[str, A
     return text
 
 
+# Width -> heads of the released towers: shapes do not tell them (giant-opt has heads of 96, so400m of 72).
+_HEADS = {768: 12, 1024: 16, 1152: 16, 1536: 16}
+
+
 def tower_config(source: Source, given: Mapping[str, Any] | None = None) -> VisionConfig:
-    """The tower's configuration as `given`, or, where a file has none, from the tensors' shapes."""
+    """The tower's configuration as `given` (what that leaves out is transformers' default), else from the tensors.
+
+    Shapes tell all but the heads, which follow from the width as in the released towers. Raises CheckpointError for
+    shapes that make no tower.
+    """
     head = source.has(r"vision.*\bhead\.probe$")
     if given is not None:
         return replace(VisionConfig(), **known(VisionConfig, {**given, "vision_use_head": head}))
@@ -148,7 +159,7 @@ def tower_config(source: Source, given: Mapping[str, Any] | None = None) -> Visi
         hidden_size=width,
         intermediate_size=source.shape(r"encoder\.layers\.0\.mlp\.fc1\.weight$")[0],
         num_hidden_layers=len(layers),
-        num_attention_heads=width // 72 if width % 72 == 0 and width > 1000 else width // 64,  # so400m; base, large
+        num_attention_heads=_HEADS.get(width) or max(1, width // 64),
         image_size=side,
         patch_size=patch,
         vision_use_head=head,

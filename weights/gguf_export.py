@@ -12,8 +12,8 @@ from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
-from mlx_llama3v.checkpoint import LEGAL_FILES, write_directory
 from mlx_llama3v.config import ModelConfig, TilingConfig
+from mlx_llama3v.directory import LEGAL_FILES, write_directory
 from mlx_llama3v.tensors import parameters, read_tensors, sync
 from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.version import __version__

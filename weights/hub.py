@@ -7,7 +7,8 @@ import re
 import shutil
 from pathlib import Path
 
-from mlx_llama3v.checkpoint import load_config, resolve, write_directory
+from mlx_llama3v.checkpoint import load_config, resolve
+from mlx_llama3v.directory import write_directory
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.tensors import read_tensors, write_text
 from mlx_llama3v.version import __version__

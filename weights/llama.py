@@ -8,8 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_llama3v.checkpoint import LEGAL_FILES, TOKENIZER_FILES
 from mlx_llama3v.config import llama_config, stop_ids
+from mlx_llama3v.directory import LEGAL_FILES, TOKENIZER_FILES
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.tensors import read_json, read_tensors
 from mlx_llama3v.weights.siglip import describe
@@ -20,12 +20,16 @@ FILES = (*TOKENIZER_FILES, *LEGAL_FILES)
 
 @dataclass(frozen=True)
 class LlamaSource:
-    """A Llama checkpoint under the names of a model directory, with its completed configuration."""
+    """A Llama checkpoint under the names of a model directory, with its completed configuration.
+
+    `names`: theirs -> ours.
+    """
 
     directory: Path
     config: dict[str, Any]
     eos_token_ids: tuple[int, ...]
     quantization: dict[str, Any] | None  # how mlx-lm has quantized it already
+    names: dict[str, str]
     weights: dict[str, mx.array] = field(repr=False)
 
 
@@ -45,12 +49,14 @@ def read_llama(directory: Path) -> LlamaSource:
     # The tensors themselves say what they are; a dtype in the configuration would only go stale.
     stale = ("quantization", "quantization_config", "dtype", "torch_dtype")
     config = llama_config({key: value for key, value in values.items() if key not in stale})
+    tensors = read_tensors(directory)
     return LlamaSource(
         directory,
         config,
         stop_ids(values.get("eos_token_id"), generation.get("eos_token_id")),
         quantization,
-        rename(read_tensors(directory)),
+        {name: next(iter(rename({name: value}))) for name, value in tensors.items()},
+        rename(tensors),
     )
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_llama3v.checkpoint import load_config, write_directory
+from mlx_llama3v.checkpoint import load_config
+from mlx_llama3v.directory import write_directory
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.tensors import load_file, read_json, save_safetensors_atomic, write_text
 

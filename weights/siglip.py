@@ -7,8 +7,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_llama3v.checkpoint import SIGLIP_NAMES, TOKENIZER_FILES, read_siglip_config
+from mlx_llama3v.checkpoint import SIGLIP_NAMES, read_siglip_config
 from mlx_llama3v.config import ImageConfig, SiglipTextConfig, VisionConfig
+from mlx_llama3v.directory import TOKENIZER_FILES
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.tensors import mismatches, parameters, read_json, read_tensors
 from mlx_llama3v.vision import siglip
@@ -30,12 +31,16 @@ FILES = ("config.json", "preprocessor_config.json", "processor_config.json", *TO
 
 @dataclass(frozen=True)
 class SiglipSource:
-    """A SigLIP checkpoint under the names of a model directory; `problems`: its tensors that do not fit."""
+    """A SigLIP checkpoint under the names of a model directory; `problems`: its tensors that do not fit.
+
+    `names`: theirs -> ours, or "" for what is dropped.
+    """
 
     directory: Path
     vision: VisionConfig
     text: SiglipTextConfig | None
     image: ImageConfig
+    names: dict[str, str]
     weights: dict[str, mx.array] = field(repr=False)
     problems: list[str]
 
@@ -55,12 +60,14 @@ def read_siglip(directory: Path) -> SiglipSource:
         hint = "; are --vision and --llm swapped?" if kind == "llama" else "."
         raise CheckpointError(f"--vision {directory} is {describe(kind)}, expected a SigLIP checkpoint{hint}")
     vision, text, image = read_siglip_config(directory)
-    raw = siglip.sanitize(read_tensors(directory))
+    tensors = read_tensors(directory)
+    names = {name: next(iter(rename(siglip.sanitize({name: value}))), "") for name, value in tensors.items()}
+    raw = siglip.sanitize(tensors)
     if any(name.endswith(("class_embedding", "pre_layrnorm.weight")) for name in raw):
         raise CheckpointError(f"--vision {directory} has a class token: CLIP's tower, expected SigLIP's.")
     expected = siglip.VisionTower(vision) if text is None else siglip.SiglipModel(vision, text)
     problems = mismatches(parameters(expected), raw, "vision_model." if text is None else "")
-    return SiglipSource(directory, vision, text, image, rename(raw), problems)
+    return SiglipSource(directory, vision, text, image, names, rename(raw), problems)
 
 
 def rename(weights: dict[str, mx.array]) -> dict[str, mx.array]:

@@ -1,7 +1,7 @@
 """qresearch/llama-3-vision-alpha-hf: an unchanged SigLIP and Llama-3-Instruct with an MLP between, in one file.
 
-The names of the released file could not be seen; they are matched by their ends, whatever stands before. The first
-release (projector only, as a pickle) is not read.
+The names of the released file could not be seen; they are matched by their ends, whatever stands before. For the first
+release, a projector alone, see projector_file.py.
 """
 
 from __future__ import annotations

@@ -6,15 +6,15 @@ compared before one is read; then they pass through one at a time.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_llama3v.checkpoint import LEGAL_FILES, TOKENIZER_FILES, check_output, parse_dtype, resolve, save_model
+from mlx_llama3v.checkpoint import parse_dtype, resolve, save_model
 from mlx_llama3v.config import ModelConfig, stop_ids
+from mlx_llama3v.directory import LEGAL_FILES, TOKENIZER_FILES, check_output
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.layout import named_layout
 from mlx_llama3v.model import Llama3V
@@ -25,8 +25,10 @@ from mlx_llama3v.weights import bunny, hf_llava, minicpm, vila, vision_alpha
 from mlx_llama3v.weights.card import model_card
 from mlx_llama3v.weights.convert import (
     ConvertReport,
+    Plan,
     check_space,
     drain,
+    expected,
     matching,
     pixels_file,
     report_of,
@@ -36,8 +38,8 @@ from mlx_llama3v.weights.export import KEPT, kept_config, restore
 from mlx_llama3v.weights.family import Family, Renamed, Source, is_clip, rename
 from mlx_llama3v.weights.licences import licence_of
 from mlx_llama3v.weights.probe import probe
+from mlx_llama3v.weights.projector_file import refuse_projector_only
 from mlx_llama3v.weights.quantize import LayerReport, QuantConfig, quantize_model, quantize_tower
-from mlx_llama3v.weights.siglip import rename as siglip_names
 
 FAMILIES: tuple[Family, ...] = (
     hf_llava.FAMILY,
@@ -47,18 +49,6 @@ FAMILIES: tuple[Family, ...] = (
     vila.FAMILY,
 )
 _ZEROS = "projector.markers"  # finished models have none of our markers
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a conversion would do: `convert --hf-path --dry-run`."""
-
-    family: Family
-    config: ModelConfig
-    renamed: Renamed
-    problems: tuple[str, ...]  # missing and misshapen tensors
-    bytes_before: int
-    bytes_after: int
 
 
 def detect(source: Source) -> Family:
@@ -98,7 +88,7 @@ def plan_vlm(
         config = replace(config, quantization=quantize.setting(config.text_config["num_hidden_layers"]))
     finished, _ = ({}, ()) if problems else _finish(config, weights, quantize, dtype)
     after = sum(value.nbytes for value in finished.values())
-    return Plan(family, config, renamed, tuple(problems), before, after)
+    return Plan(family.name, family.title, config, renamed, tuple(problems), before, after)
 
 
 def convert_vlm(
@@ -155,7 +145,9 @@ def convert_vlm(
 def _open(
     hf_path: str | Path, prompt_layout: str | None, vision_mode: str | None, offline: bool
 ) -> tuple[Source, Family, ModelConfig]:
-    source = Source.open(resolve(hf_path, offline))
+    directory = resolve(hf_path, offline)
+    refuse_projector_only(directory)
+    source = Source.open(directory)
     family = detect(source)
     if source.config.get("quantization") or source.config.get("quantization_config"):
         raise CheckpointError(f"{source.directory} is already quantized; expected the original weights.")
@@ -208,11 +200,7 @@ def _weights(source: Source, family: Family, config: ModelConfig) -> tuple[Renam
     if not restored:
         found.update(family.extra(source, config))
     found.setdefault(_ZEROS, mx.zeros(model.projector.markers.shape))
-    expected = {f"vision_tower.{name}": v for name, v in parameters(siglip.VisionTower(config.vision_config)).items()}
-    if config.siglip_text_config is not None:
-        pair = parameters(siglip.SiglipModel(config.vision_config, config.siglip_text_config))
-        expected |= {name: v for name, v in siglip_names(pair).items() if not name.startswith("vision_tower.")}
-    return renamed, found, mismatches({**expected, **parameters(model)}, found)
+    return renamed, found, mismatches(expected(config, model), found)
 
 
 def _finish(
@@ -235,17 +223,3 @@ def _finish(
             tower, more = quantize_tower(tower, config.vision_config, config.quantization)
             layers += more
     return {**tower, **parameters(model)}, layers
-
-
-def as_json(plan: Plan) -> str:
-    """A plan for machines."""
-    values = {
-        "family": plan.family.name,
-        "renamed": plan.renamed.names,
-        "skipped": plan.renamed.skipped,
-        "left_over": plan.renamed.unknown,
-        "problems": plan.problems,
-        "bytes_before": plan.bytes_before,
-        "bytes_after": plan.bytes_after,
-    }
-    return json.dumps(values, indent=2)

@@ -18,7 +18,7 @@ from mlx_llama3v.compat import BatchKVCache
 from mlx_llama3v.config import Encoded
 from mlx_llama3v.inference.answer import Answer, Timings, Writer
 from mlx_llama3v.inference.rows import embed_rest, embed_rows, room, visual_tokens
-from mlx_llama3v.inference.sampling import PENALIZED, Mask, Sampler, Sampling
+from mlx_llama3v.inference.sampling import PENALIZED, Mask, Sampler, Sampling, never
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.text.prompt import Message, Rendered, render
 from mlx_llama3v.text.tokens import Tokens
@@ -84,7 +84,8 @@ def new_row(
 ) -> Row:
     """A row ready to be prefilled. Raises ContextError where the context (of at most `most`) does not hold it."""
     limit = min(sampling.max_tokens, room(model, len(row), most))
-    return Row(row, pictures, Writer(tokens, sampling, limit), Sampler(sampling, mask))
+    unsaid = never(tokens.unsaid(model.vocab_size), model.vocab_size)
+    return Row(row, pictures, Writer(tokens, sampling, limit), Sampler(sampling, mask, unsaid))
 
 
 class Prefill:
@@ -184,7 +185,7 @@ def _batched(cache: list[Any]) -> list[Any]:
 
 def _choose(rows: Sequence[Row], logits: mx.array) -> list[int]:
     """Logits [B, V] -> the next token of each row."""
-    chosen = np.array(mx.argmax(logits, axis=-1)).tolist()
+    chosen = np.array(mx.argmax(rows[0].sampler.silenced(logits), axis=-1)).tolist()  # one model: what one may not say
     for place, row in enumerate(rows):
         if not row.sampler.plain:
             mine = row.sampler.adjust(logits[place : place + 1], row.before())

@@ -9,9 +9,11 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_llama3v.compat import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
 from mlx_llama3v.errors import ContextError
@@ -64,11 +66,21 @@ class Sampling:
                 raise ContextError(f"{name} is {getattr(self, name)}; expected {expected}.")
 
 
-class Sampler:
-    """Chooses the tokens of one answer; `mask` restricts them to what a grammar allows."""
+@lru_cache(maxsize=8)
+def never(unsaid: tuple[int, ...], vocabulary: int) -> mx.array:
+    """bool [V]: True at the ids that no answer may hold (`Tokens.unsaid`)."""
+    found = np.zeros(vocabulary, np.bool_)
+    found[list(unsaid)] = True
+    mask = mx.array(found)
+    mx.eval(mask)
+    return mask
 
-    def __init__(self, sampling: Sampling, mask: Mask | None = None) -> None:
-        self.sampling, self.mask = sampling, mask
+
+class Sampler:
+    """Chooses the tokens of one answer, none of `never` [V]; `mask` restricts them to what a grammar allows."""
+
+    def __init__(self, sampling: Sampling, mask: Mask | None = None, never: mx.array | None = None) -> None:
+        self.sampling, self.mask, self.never = sampling, mask, never
         self._seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
         self._count = 0
         self._penalty = make_logits_processors(repetition_penalty=sampling.repetition_penalty)
@@ -85,9 +97,14 @@ class Sampler:
             logits = penalize(recent if isinstance(recent, mx.array) else mx.array(list(recent)), logits)
         return logits if self.mask is None else self.mask(logits)
 
+    def silenced(self, logits: mx.array) -> mx.array:
+        """Logits [..., V] without what no answer may hold."""
+        return logits if self.never is None else mx.where(self.never, mx.array(-mx.inf, logits.dtype), logits)
+
     def choose(self, logits: mx.array) -> mx.array:
         """[1, V] -> the next token [1]; each call is one place further in the answer."""
         how, place = self.sampling, self._count
+        logits = self.silenced(logits)
         self._count += 1
         if how.temp == 0:
             return mx.argmax(logits, axis=-1)

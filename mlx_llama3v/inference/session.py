@@ -23,7 +23,7 @@ from mlx_llama3v.config import Encoded
 from mlx_llama3v.errors import ContextError
 from mlx_llama3v.inference.answer import Answer, Piece, Timings, Writer
 from mlx_llama3v.inference.rows import common, embed_rest, place_keys, room, visual_tokens
-from mlx_llama3v.inference.sampling import PENALIZED, Sampler, Sampling
+from mlx_llama3v.inference.sampling import PENALIZED, Sampler, Sampling, never
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.text.prompt import FIRST_VISUAL, Message, Rendered, render
 from mlx_llama3v.text.tokens import Tokens
@@ -252,7 +252,8 @@ class Session:
         The prompt is run here and not in mlx-lm's loop, which gives its last token a pass of its own: behind a
         short question that is a good part of the time to the first token.
         """
-        sampler = Sampler(sampling)
+        vocabulary = self.model.vocab_size
+        sampler = Sampler(sampling, never=never(self.tokens.unsaid(vocabulary), vocabulary))
         options: dict[str, Any] = {
             "kv_bits": self.memory.kv_bits,
             "kv_group_size": self._group_size,

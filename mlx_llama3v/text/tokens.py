@@ -20,6 +20,7 @@ from mlx_llama3v.layout import LAYOUTS, PromptLayout
 BOS, END_OF_TEXT, EOT = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
 START_HEADER, END_HEADER = "<|start_header_id|>", "<|end_header_id|>"
 _RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>")
+_PLACEHOLDERS = ("<image>", "<unk>")  # where special: stand for visual tokens in the prompts of finished models
 _UNFINISHED = "\ufffd"  # what the byte-level decoder puts where a UTF-8 character is incomplete
 
 
@@ -85,6 +86,7 @@ class Tokens:
         if len(set(self.marker_ids)) != len(MARKERS):
             raise CheckpointError(f"marker_ids is {list(self.marker_ids)}; expected {len(MARKERS)} different ids.")
         self.stop = frozenset(eos_token_ids) | {self.eot, self.end_of_text}
+        self._unsaid: dict[int, tuple[int, ...]] = {}
         self._refuse_injection(ids)
 
     @classmethod
@@ -120,6 +122,25 @@ class Tokens:
         """`text` of a prompt layout, cut at the special tokens it spells: their ids, and plain text between."""
         found = re.split(self._special, text)
         return [self._specials.get(piece, piece) for piece in found if piece]
+
+    def unsaid(self, vocabulary: int) -> tuple[int, ...]:
+        """Ids below `vocabulary` that may stand in a prompt, or nowhere, but never in an answer.
+
+        The markers; placeholders of pictures (`<image>`, the layout's own, MiniCPM's `<unk>`); special tokens appended
+        behind Llama-3's; ids that the tokenizer does not have, to which a vocabulary was padded. Not what ends an
+        answer, and not what other control tokens a model may have learned to write.
+        """
+        if vocabulary in self._unsaid:
+            return self._unsaid[vocabulary]
+        layout = self.layout
+        spelled = "".join((layout.picture, layout.overview, layout.slices, layout.tile, layout.col, layout.row))
+        named = {*self.pieces(spelled), *(self._specials.get(name) for name in _PLACEHOLDERS)}
+        last = max(reserved_ids(self._tokenizer), default=vocabulary)
+        appended = {i for i in self._specials.values() if i > last}
+        padding = {i for i in range(self.size, vocabulary) if self._tokenizer.id_to_token(i) is None}
+        found = {*self.marker_ids, *appended, *padding, *(i for i in named if isinstance(i, int))}
+        self._unsaid[vocabulary] = tuple(sorted(i for i in found - self.stop if i < vocabulary))
+        return self._unsaid[vocabulary]
 
     @cached_property
     def _specials(self) -> dict[str, int]:

@@ -34,6 +34,11 @@ def _activation(name: str) -> Callable[[mx.array], mx.array]:
 class Attention(nn.Module):
     def __init__(self, dims: int, heads: int):
         super().__init__()
+        if dims % heads:
+            raise CheckpointError(
+                f"a SigLIP tower {dims} wide cannot have {heads} heads; expected num_attention_heads in config.json "
+                "(left out, it is 12, as in transformers)."
+            )
         self.heads = heads
         self.q_proj = nn.Linear(dims, dims)
         self.k_proj = nn.Linear(dims, dims)

@@ -88,8 +88,7 @@ class Reference:
             self.projector(self.features(image)),
             hf.ids(self.tokenizer, f"\n{QUESTION} ASSISTANT:"),
         ]
-        stop = frozenset(self.tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"]))
-        return hf.decode(self.llm, pieces, stop)
+        return hf.decode(self.llm, self.tokenizer, pieces)
 
 
 SCALES = {"1.0": (1,), "1.1": (1, 2, 3)}

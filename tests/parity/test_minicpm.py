@@ -177,8 +177,7 @@ class Reference:
         runs = groupby(ids.tolist(), key=self.tokenizer.convert_tokens_to_ids("<unk>").__eq__)
         for shown, run in runs:
             pieces.append(vectors.pop(0) if shown else torch.tensor(list(run)))
-        stop = frozenset(self.tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"]))
-        return hf.decode(self.llm, pieces, stop, 4)
+        return hf.decode(self.llm, self.tokenizer, pieces, 4)
 
 
 @pytest.fixture(scope="module")
