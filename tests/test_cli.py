@@ -376,3 +376,6 @@ def test_export(cli: Cli, tmp_path: Path) -> None:
     outcome = cli("export", "--model", tmp_path / "m", "--output", tmp_path / "out")
     assert str(tmp_path / "out") in outcome.out and (tmp_path / "out" / "processor_config.json").is_file()
     refused(cli("export", "--model", tmp_path / "m", "--output", tmp_path / "p", "--format", "peft"), "--run")
+    shown = " ".join(cli("export", "--help").out.split())
+    for name in ("hf", "peft", "gguf", "hub"):  # an example of each
+        assert f"--format {name} --" in shown

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mlx_llama3v.weights.vlm import convert_vlm
 from tests import hf_family as hf
-from tests.family_parity import agree, answer, gap
+from tests.family_parity import Answered, agree, answer, gap
 from tests.hf_edit import edit
 from tests.hf_llava import picture
 
@@ -37,31 +37,33 @@ def flat_square(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(1, w // 2, h // 2, 4 * c).reshape(1, -1, 4 * c)
 
 
-@pytest.mark.parametrize("layout", [None, "vila-llama3"])
-@pytest.mark.parametrize("side", [32, 41])  # 4 x 4 and 5 x 5 patches
-def test_logits_and_greedy_answer(side: int, layout: str | None, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    root = tmp_path / "hf"
-    tokenizer = hf.make_tokenizer(root / "llm")
-    tower, llm = hf.tower(image=side), hf.decoder(len(tokenizer))
-    linear = torch.nn.Linear
-    projector = torch.nn.Sequential(
-        torch.nn.Identity(), torch.nn.LayerNorm(256), linear(256, 64), torch.nn.GELU(), linear(64, 64)
-    )
-    hf.enlarge(projector, 4)
-    root.mkdir(exist_ok=True)
-    (root / "config.json").write_text(json.dumps({"model_type": "llava_llama", "mm_vision_select_layer": -2}))
-    end = tokenizer.convert_tokens_to_ids("<|end_of_text|>")
-    hf.save(root / "llm", hf.llama_values(llm, model_type="llama", eos_token_id=end), {"": llm})
-    vision = {**tower.config.to_dict(), "model_type": "siglip_vision_model"}
-    hf.save(root / "vision_tower", vision, {"vision_model.": tower})
-    hf.save(root / "mm_projector", {"model_type": "v2l_projector"}, {"layers.": projector})
-    image = picture(tmp_path / "a.png")
-    with torch.no_grad():
-        pixels = hf.pixels(Image.open(image).convert("RGB"), (side, side))
-        hidden = tower(pixels, output_hidden_states=True).hidden_states[-2]
-        grid = side // 8
-        visual = projector(flat_square(hidden.reshape(1, grid, grid, -1)))[0]
+class Reference:
+    """A random VILA: parts in torch, its three checkpoints in sub-folders of `directory`."""
+
+    def __init__(self, directory: Path, side: int = 32) -> None:
+        torch.manual_seed(0)
+        self.directory, self.side = directory, side
+        self.tokenizer = hf.make_tokenizer(directory / "llm")
+        self.tower, self.llm = hf.tower(image=side), hf.decoder(len(self.tokenizer))
+        linear = torch.nn.Linear
+        self.projector = torch.nn.Sequential(
+            torch.nn.Identity(), torch.nn.LayerNorm(256), linear(256, 64), torch.nn.GELU(), linear(64, 64)
+        )
+        hf.enlarge(self.projector, 4)
+        values = {"model_type": "llava_llama", "mm_vision_select_layer": -2}
+        (directory / "config.json").write_text(json.dumps(values))
+        end = self.tokenizer.convert_tokens_to_ids("<|end_of_text|>")
+        hf.save(directory / "llm", hf.llama_values(self.llm, model_type="llama", eos_token_id=end), {"": self.llm})
+        vision = {**self.tower.config.to_dict(), "model_type": "siglip_vision_model"}
+        hf.save(directory / "vision_tower", vision, {"vision_model.": self.tower})
+        hf.save(directory / "mm_projector", {"model_type": "v2l_projector"}, {"layers.": self.projector})
+
+    @torch.no_grad()
+    def answer(self, image: Path, layout: str | None) -> Answered:
+        pixels = hf.pixels(Image.open(image).convert("RGB"), (self.side, self.side))
+        hidden = self.tower(pixels, output_hidden_states=True).hidden_states[-2]
+        grid = self.side // 8
+        visual = self.projector(flat_square(hidden.reshape(1, grid, grid, -1)))[0]
 
         def header(role: str) -> str:
             return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
@@ -69,12 +71,20 @@ def test_logits_and_greedy_answer(side: int, layout: str | None, tmp_path: Path)
         close, role = ("<|eot_id|>", "assistant") if layout else ("<|end_of_text|>", "system")
         before = f"<|begin_of_text|>{header('system')}{SYSTEM}{close}{header('user')}"
         after = f"\n{QUESTION}{close}{header(role)}"
-    expected = hf.decode(llm, tokenizer, [hf.ids(tokenizer, before), visual, hf.ids(tokenizer, after)])
-    report = convert_vlm(root, tmp_path / "model", prompt_layout=layout)
+        pieces = [hf.ids(self.tokenizer, before), visual, hf.ids(self.tokenizer, after)]
+        return hf.decode(self.llm, self.tokenizer, pieces)
+
+
+@pytest.mark.parametrize("layout", [None, "vila-llama3"])
+@pytest.mark.parametrize("side", [32, 41])  # 4 x 4 and 5 x 5 patches
+def test_logits_and_greedy_answer(side: int, layout: str | None, tmp_path: Path) -> None:
+    reference, image = Reference(tmp_path / "hf", side), picture(tmp_path / "a.png")
+    report = convert_vlm(reference.directory, tmp_path / "model", prompt_layout=layout)
     assert report.config.sources["family"] == "vila"
+    expected = reference.answer(image, layout)
     agree(answer(tmp_path / "model", image, QUESTION), expected)
     edit(tmp_path / "model", lambda w: w.update({"projector.body.norm.bias": w["projector.body.norm.bias"] + 0.2}))
-    assert gap(answer(tmp_path / "model", image, QUESTION)[0], expected.logits) > 1e-3
+    assert gap(answer(tmp_path / "model", image, QUESTION).logits, expected.logits) > 1e-3
 
 
 def test_the_grid_is_transposed() -> None:
