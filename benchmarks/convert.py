@@ -1,21 +1,25 @@
-"""Memory of a conversion: a synthetic LLaVA checkpoint through `convert --hf-path`, in a process of its own.
+"""Memory and time of a conversion: a synthetic LLaVA checkpoint through `convert --hf-path`, each in its own process.
 
-Claim: the peak is no more than 1.5 times the largest shard of the source plus the output buffer.
+Claim: the peak, beside what the imports take, is no more than 1.5 times the largest shard of the source plus the output
+buffer, whatever the size of the model.
 
-    python benchmarks/convert.py --gigabytes 4 --shard 1 --buffer 1
+    python benchmarks/convert.py [--gigabytes 4 --shard 1 --buffer 1] [--bits 4] [--rounds 3] [--output convert.json]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
+
+from mlx_llama3v.platform import machine
 
 
 def synthetic(directory: Path, gigabytes: float, shard: float) -> float:
@@ -71,43 +75,61 @@ def synthetic(directory: Path, gigabytes: float, shard: float) -> float:
 
 
 _CHILD = """
-import sys
+import json, sys, time
 from mlx_llama3v.platform import peak_memory
 from mlx_llama3v.weights.quantize import QuantConfig
 from mlx_llama3v.weights.vlm import convert_vlm
 source, target, buffer, bits = sys.argv[1:]
-before = peak_memory()
+before, started = peak_memory(), time.perf_counter()
 quantize = QuantConfig(int(bits)) if bits != "0" else None
 convert_vlm(source, target, shard_bytes=int(float(buffer) * 1e9), quantize=quantize)
-print(before, peak_memory())
+print(json.dumps([before, peak_memory(), time.perf_counter() - started]))
 """
 
 
+def measure(folder: Path, buffer: float, bits: int) -> tuple[int, int, float]:
+    """One conversion in a process of its own: peak bytes after the imports and at the end, seconds."""
+    target = folder / "model"
+    command = [sys.executable, "-c", _CHILD, str(folder / "hf"), str(target), str(buffer), str(bits)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    shutil.rmtree(target)
+    before, peak, seconds = json.loads(out.splitlines()[-1])
+    return before, peak, seconds
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gigabytes", type=float, default=4.0)
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="of the source")
     parser.add_argument("--shard", type=float, default=1.0, help="GB of a source file")
     parser.add_argument("--buffer", type=float, default=1.0, help="GB of an output file")
     parser.add_argument("--bits", type=int, default=0, help="quantize to so many bits; 0: not at all")
-    options = parser.parse_args()
+    parser.add_argument("--rounds", type=int, default=3, help="conversions; medians are shown")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        largest = synthetic(Path(folder) / "hf", options.gigabytes, options.shard)
+        largest = synthetic(Path(folder) / "hf", args.gigabytes, args.shard)
         size = sum(path.stat().st_size for path in (Path(folder) / "hf").glob("*.safetensors"))
-        started = perf_counter()
-        command = [sys.executable, "-c", _CHILD, f"{folder}/hf", f"{folder}/model", str(options.buffer)]
-        out = subprocess.run([*command, str(options.bits)], check=True, capture_output=True, text=True).stdout
-        before, peak = map(int, out.split()[-2:])
-        limit = 1.5 * largest + options.buffer * 1e9
-        result = {
-            "source_gb": size / 1e9,
-            "largest_shard_gb": largest / 1e9,
-            "imports_gb": before / 1e9,
-            "peak_gb": peak / 1e9,
-            "limit_gb": limit / 1e9,
-            "within": peak - before <= limit,
-            "seconds": perf_counter() - started,
-        }
-        print(json.dumps(result, indent=2))
+        runs = [measure(Path(folder), args.buffer, args.bits) for _ in range(args.rounds)]
+    imports, peak, seconds = (statistics.median(values) for values in zip(*runs, strict=True))
+    limit = 1.5 * largest + args.buffer * 1e9
+    found = {
+        "machine": machine(),
+        "arguments": {key: str(value) for key, value in vars(args).items()},
+        "source_gb": size / 1e9,
+        "largest_shard_gb": largest / 1e9,
+        "imports_gb": imports / 1e9,
+        "peak_gb": peak / 1e9,
+        "conversion_gb": (peak - imports) / 1e9,
+        "limit_gb": limit / 1e9,
+        "share_of_limit": (peak - imports) / limit,
+        "within": all(most - start <= limit for start, most, _ in runs),
+        "seconds": seconds,
+        "seconds_of_each": [run[2] for run in runs],
+    }
+    print(json.dumps(found, indent=2))
+    if args.output:
+        args.output.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -62,6 +62,12 @@ def tiny_tokenizer() -> Tokenizer:
 
 def llama3_tokenizer(kit: Path) -> Tokenizer:
     """Llama-3's real tokenizer, from Meta's tokenizer.model (tiktoken BPE) and a Hugging Face config."""
+    return Tokenizer.from_str(_llama3_json(kit))
+
+
+@lru_cache
+def _llama3_json(kit: Path) -> str:
+    """Finding 280,000 merges takes seconds."""
     folder = kit / "tokenizers" / "llama3"
     config = json.loads((folder / "hf_WebR" / "tokenizer_config.json").read_text())
     lines = (folder / "tokenizer.model").read_text().splitlines()
@@ -79,7 +85,7 @@ def llama3_tokenizer(kit: Path) -> Tokenizer:
     tokenizer = byte_bpe({spell(t): r for t, r in ranks.items()}, [(spell(a), spell(b)) for a, b in merges])
     added = sorted((int(i), entry["content"]) for i, entry in config["added_tokens_decoder"].items())
     tokenizer.add_special_tokens([AddedToken(name, normalized=False) for _, name in added])
-    return tokenizer
+    return str(tokenizer.to_str())
 
 
 def _byte_letters() -> dict[int, str]:

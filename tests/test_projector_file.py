@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -111,8 +110,10 @@ def test_names_of_hugging_face_and_a_linear_one(parts: Parts, tmp_path: Path) ->
     assert config.projector_config.kind == "linear" and config.vision_feature_layer == -2
 
 
-def test_a_pickle_is_refused_with_the_line_that_helps(parts: Parts, tmp_path: Path) -> None:
-    """The line is run as it stands; what it writes is read."""
+def test_a_pickle_is_refused_with_the_line_that_helps(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line is run as a shell would run it (but in this process); what it writes is read."""
     file = tmp_path / "it's mine" / "mm_projector.bin"
     file.parent.mkdir()
     torch.save(parts.state("model.mm_projector."), file)
@@ -121,8 +122,10 @@ def test_a_pickle_is_refused_with_the_line_that_helps(parts: Parts, tmp_path: Pa
         assert str(file) in text and "can run code" in text and "torch.load" in text
     with pytest.raises(CheckpointError, match="--projector"):
         convert_vlm(file.parent, tmp_path / "model")  # alone it is no model
-    line = shlex.split(text[text.index("python -c") :])
-    subprocess.run([sys.executable, *line[1:]], check=True, capture_output=True)
+    python, option, code, *names = shlex.split(text[text.index("python -c") :])
+    assert (python, option) == ("python", "-c")
+    monkeypatch.setattr(sys, "argv", [option, *names])
+    exec(code, {})
     convert(parts.siglip, parts.llama, tmp_path / "model", projector=file.with_suffix(".safetensors"))
     expected = parts.projector[2].bias.detach().numpy()
     assert (expected == read_tensors(tmp_path / "model")["projector.body.linear_2.bias"]).all()

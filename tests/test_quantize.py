@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 
 from mlx_llama3v.checkpoint import load_config, load_model, load_siglip
+from mlx_llama3v.directory import leftovers
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.model import layer_setting
 from mlx_llama3v.tensors import read_tensors
@@ -22,6 +22,7 @@ from mlx_llama3v.weights.convert import convert
 from mlx_llama3v.weights.probe import logits
 from mlx_llama3v.weights.quantize import RECIPES, QuantConfig
 from mlx_llama3v.weights.vlm import convert_vlm
+from tests.forked import start
 from tests.hf_llama import LLAMA3_SCALING, make_llama
 from tests.hf_llava import make_llava
 from tests.hf_parity import features
@@ -83,23 +84,23 @@ def test_the_probe_runs_the_model_itself(tie: bool, tmp_path: Path) -> None:
         assert np.abs(np.array(found) - np.array(load_model(target)(ids))[0]).max() < 1e-4
 
 
+def slow_conversion(source: Path, target: Path) -> None:
+    """What is killed: a file is written every few tensors, with time to see it."""
+    convert_vlm(source, target, shard_bytes=20000, progress=lambda done, total: time.sleep(0.02))
+
+
 def test_a_killed_conversion_leaves_no_model_directory(llava: Path, tmp_path: Path) -> None:
-    target = tmp_path / "model"
-    code = (
-        "import sys, time\n"
-        "from mlx_llama3v.weights.vlm import convert_vlm\n"
-        "def slow(done, total):\n    print(done, flush=True)\n    time.sleep(0.2)\n"
-        f"convert_vlm({str(llava)!r}, {str(target)!r}, shard_bytes=20000, progress=slow)\n"
-    )
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    for _ in range(3):
-        child.stdout.readline()
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert not target.exists() and (tmp_path / ".model.partial").is_dir()
+    target, partial = tmp_path / "model", tmp_path / ".model.partial"
+    child = start(slow_conversion, llava, target)
+    while child.is_alive() and not (partial / "part-00001.safetensors").exists():
+        time.sleep(0.002)
+    assert [path for path, _ in leftovers(tmp_path)] == []  # its writer lives
+    child.kill()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    assert not target.exists() and [path for path, _ in leftovers(tmp_path)] == [partial]
     convert_vlm(llava, target)  # the next run clears what was left
-    assert load_config(target) and not (tmp_path / ".model.partial").exists()
+    assert load_config(target) and not partial.exists()
 
 
 def test_an_error_in_the_middle_leaves_nothing(llava: Path, tmp_path: Path) -> None:
