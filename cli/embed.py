@@ -169,6 +169,7 @@ def print_report(report: EmbedReport) -> None:
     found = report.to_dict()
     show.out.print(
         f"{found['slices_per_second']:,.1f} slices/s, {found['images_per_second']:,.1f} images/s, "
-        f"{found['waiting_share']:.0%} of the time waiting for pictures, peak memory {show.size(found['peak_memory'])}."
+        f"{found['waiting_share']:.0%} of the time waiting for pictures, {found['padding_share']:.0%} padding, "
+        f"peak memory {show.size(found['peak_memory'])}."
     )
     show.out.print(f"Store: {report.store} ({info['images']:,} images, {show.size(info['bytes'])}, {info['codec']})")

@@ -54,6 +54,7 @@ class EmbedReport:
             "slices_per_second": summary.slices / seconds,
             "images_per_second": (summary.new + summary.duplicates + summary.failed) / seconds,
             "waiting_share": summary.waiting_seconds / seconds,
+            "padding_share": 1 - summary.patches / max(summary.rows, 1) if summary.patches else 0.0,
         }
         known = {"peak_memory": peak_memory(), "store": self.info, "problems": len(self.problems)}
         return {**asdict(summary), **rates, **known, "machine": machine()}

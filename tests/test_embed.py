@@ -28,6 +28,7 @@ class FakeEncoder:
         self.prepared: list[str] = []
         self.calls: list[int] = []
         self.numbers: list[float] = []
+        self.rows = 0
         self.lock = threading.Lock()
 
     def prepare(self, source: Loaded) -> tuple[SliceLayout, list[np.ndarray]]:
@@ -49,11 +50,12 @@ class FakeEncoder:
         assert threading.current_thread() is threading.main_thread()
         assert all(len(patches) == h * w for (h, w), patches in slices)
         self.calls.append(len(slices))
+        self.rows += 2 * sum(len(patches) for _, patches in slices)  # a half of it padding
         self.numbers += [float(patches[0, 0]) for _, patches in slices]
-        return [self.rows(grid, patches) for grid, patches in slices]
+        return [self.made(grid, patches) for grid, patches in slices]
 
     @staticmethod
-    def rows(grid: Grid, patches: np.ndarray) -> np.ndarray:
+    def made(grid: Grid, patches: np.ndarray) -> np.ndarray:
         places = np.arange(grid[0] * grid[1], dtype=np.float32)[:, None]
         return patches[:, :1] + np.concatenate([places] * WIDTH, 1) / 32 + np.float32(grid[1] / 4)
 
@@ -62,7 +64,7 @@ class FakeEncoder:
 
     def fresh(self, number: int) -> Encoded:
         layout, slices = self.split(number)
-        return Encoded(layout, np.concatenate([self.rows(g, p) for g, p in zip(layout.grids, slices, strict=True)]))
+        return Encoded(layout, np.concatenate([self.made(g, p) for g, p in zip(layout.grids, slices, strict=True)]))
 
 
 def write(folder: Path, texts: dict[str, str]) -> list[tuple[str, Path]]:
@@ -102,6 +104,7 @@ def test_every_picture_is_stored_in_order(tmp_path: Path, folder: Path, workers:
     assert (summary.new, summary.failed, summary.reused, summary.duplicates) == (30, 0, 0, 0)
     assert summary.slices == sum(len(layout.grids) for layout in layouts) == sum(encoder.calls)
     assert summary.patches == sum(layout.patches for layout in layouts) == Store(tmp_path / "s").info()["tokens"]
+    assert summary.rows == 2 * summary.patches
     assert summary.bytes == summary.patches * WIDTH * 2
     assert summary.seconds >= summary.waiting_seconds > 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from tests.forked import start
 
 KILLS = 30
 SHARD_BYTES = 200_000
+BATCH = 8
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +39,29 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return convert(TINY / "siglip", TINY / "llama", tmp_path_factory.mktemp("model") / "model").path
 
 
-def fill(model: Path, data: DataSet, output: Path) -> None:
-    """What is killed."""
-    embed_data(model, data.captions, output, image_folder=data.images, codec="int8", shard_bytes=SHARD_BYTES)
+def fill(model: Path, data: DataSet, output: Path, told: Path) -> None:
+    """What is killed. `told`: how many slices this run has encoded."""
+    settings: dict[str, Any] = {"codec": "int8", "shard_bytes": SHARD_BYTES, "batch_size": BATCH}
+    with open(told, "wb", buffering=0) as file:
+        embed_data(
+            model,
+            data.captions,
+            output,
+            image_folder=data.images,
+            progress=lambda p: os.pwrite(file.fileno(), struct.pack("q", p.slices), 0),
+            **settings,
+        )
+
+
+def most_lost(whole: dict[str, Any]) -> float:
+    """Slices: those of a shard, those of the window that is being written, and of each what fills it up."""
+    shard = SHARD_BYTES / (whole["bytes"] / whole["slices"])
+    picture = 1 + 6
+    return shard + picture + 4 * BATCH + picture
+
+
+def slices(store: Path) -> int:
+    return Store(store).info()["slices"] if (store / "manifest.json").exists() else 0
 
 
 @pytest.mark.slow
@@ -49,22 +71,27 @@ def test_killed_thirty_times(model: Path, data: DataSet, tmp_path: Path) -> None
             model, data.captions, tmp_path / output, image_folder=data.images, codec="int8", shard_bytes=SHARD_BYTES
         )
     chance, seconds, longest, stores = random.Random(0), whole.summary.seconds, 0, 0
-    store = tmp_path / "store-0"
+    store, told = tmp_path / "store-0", tmp_path / "told"
+    lost = []
     for _ in range(KILLS):
-        process = start(fill, model, data, store)
+        told.unlink(missing_ok=True)
+        process = start(fill, model, data, store, told)
         # A kill costs at most the shard in the making, so runs get somewhere however early they are killed.
         time.sleep(chance.uniform(0, 0.5 * seconds))
         process.kill()
         process.join(60)
         if (store / "manifest.json").exists():
             assert not verify(store)
-            have = len(Store(store))
-            assert have >= longest
+            have = slices(store)
+            encoded = struct.unpack("q", told.read_bytes() or bytes(8))[0] if told.exists() else 0
+            lost.append(longest + encoded - have)
+            assert have >= longest and lost[-1] <= most_lost(whole.info)
             longest = have
-        if longest == whole.info["images"]:  # nothing more to be killed at
+        if longest == whole.info["slices"]:  # nothing more to be killed at
             stores, longest = stores + 1, 0
             store = tmp_path / f"store-{stores}"
-    last = start(fill, model, data, store)
+    assert max(lost) > 0  # some were killed at work
+    last = start(fill, model, data, store, told)
     last.join(120)
     assert last.exitcode == 0
     assert not verify(store)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from mlx_llama3v.config import ImageConfig, TilingConfig, VisionConfig
 from mlx_llama3v.errors import ImageError
-from mlx_llama3v.vision.encode import Encoder, patchify
+from mlx_llama3v.vision.encode import Encoder, bucket, patchify
 from mlx_llama3v.vision.siglip import VisionTower, position_table, tower_weights
 from mlx_llama3v.vision.tiling import plan
 from tests.hf_siglip import make_siglip
@@ -84,10 +84,35 @@ def test_batches_of_mixed_pictures_equal_one_by_one(encoder: Encoder, batch_size
     slices = [pair for layout, patches in prepared for pair in zip(layout.grids, patches, strict=True)]
     assert len({len(patches) for _, patches in slices}) > 2
     found = encoder.encode(slices, batch_size)
+    total = sum(len(patches) for _, patches in slices)
+    assert total <= encoder.rows <= total / 0.9
     for (grid, patches), embedding in zip(slices, found, strict=True):
         alone = encoder.tower(mx.array(patches)[None], position_table(encoder.tower, grid)[None])[0]
         assert embedding.dtype == np.float32 and embedding.shape == (grid[0] * grid[1], 32)
         assert np.abs(embedding - np.array(alone)).max() < 1e-4
+
+
+@pytest.mark.parametrize("vision", [VisionConfig(), VisionConfig(image_size=384, patch_size=14)], ids=str)
+def test_a_tenth_of_a_batch_is_padding_at_most(vision: VisionConfig) -> None:
+    """Random shapes, windows of four batches as `embed` has them; few batches are smaller for it."""
+    random = np.random.default_rng(0)
+    sides = np.exp(random.uniform(np.log(100), np.log(5000), (300, 2))).astype(int).tolist()
+    lengths = [h * w for side in sides for h, w in plan(*side, vision, TilingConfig()).layout.grids]
+    rows = count = 0
+    for start in range(0, len(lengths), 64):
+        window = lengths[start : start + 64]
+        batches = bucket(window, 8)
+        assert sorted(i for batch in batches for i in batch) == [*range(len(window))]
+        for batch in batches:
+            chosen = [window[i] for i in batch]
+            assert 1 <= len(batch) <= 8 and sum(chosen) >= 0.9 * len(batch) * max(chosen)
+            rows, count = rows + len(batch) * max(chosen), count + 1
+    assert sum(lengths) > 0.97 * rows and len(lengths) / count > 7
+
+
+def test_unlike_slices_get_batches_of_their_own() -> None:
+    assert bucket([100, 1, 95, 50, 2, 94], 4) == [[1], [4], [3], [5, 2, 0]]
+    assert bucket([7, 7, 7, 7, 7], 2) == [[0, 1], [2, 3], [4]] and bucket([], 3) == []
 
 
 def test_encode_nothing(encoder: Encoder) -> None:

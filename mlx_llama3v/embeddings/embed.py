@@ -30,6 +30,8 @@ _WINDOW = 4  # batches that are collected before encoding: slices of like shape 
 class Encoder(Protocol):
     """What is asked of vision.encode.Encoder."""
 
+    rows: int  # patches that the tower ran over so far, padding included
+
     def prepare(self, source: Loaded) -> tuple[SliceLayout, list[np.ndarray]]:
         """Layout and the patches [P_i, C] of each slice; called in threads. Raises ImageError."""
 
@@ -62,6 +64,7 @@ class EmbedSummary:
     failed: int  # see failures.jsonl
     slices: int
     patches: int
+    rows: int  # that the tower ran over: patches and padding
     bytes: int  # of the new embeddings, as stored
     seconds: float
     waiting_seconds: float
@@ -102,6 +105,7 @@ class _Run:
     failed: int = 0
     slices: int = 0
     patches: int = 0
+    rows: int = 0
     bytes: int = 0
     waiting_seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter)
@@ -277,7 +281,9 @@ def _encode(window: _Window, encoder: Encoder, batch_size: int, behind: _Behind,
     """Encode a window, and hand it over to be written."""
     waiting = window.pictures.items()
     slices = [item for _, (_, layout, patches) in waiting for item in zip(layout.grids, patches, strict=True)]
+    run.rows -= encoder.rows
     found = iter(encoder.encode(slices, batch_size) if slices else [])
+    run.rows += encoder.rows
     made = {}
     for sha, (names, layout, _) in waiting:
         values = np.concatenate([next(found) for _ in layout.grids])

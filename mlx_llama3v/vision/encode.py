@@ -1,7 +1,7 @@
 """From a picture to SigLIP patch embeddings: the one path that `embed`, `chat` and `generate` share.
 
 `prepare` is Pillow and NumPy only and may run in worker threads; `encode` runs the tower on batches of slices
-from any number of pictures. Slices are sorted by size, so that a batch pads little.
+from any number of pictures. Slices are sorted by size, so that a batch pads little: never more than a tenth.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from mlx_llama3v.vision.tiling import Plan, Size, plan
 
 Slice = tuple[Grid, np.ndarray]  # patch grid (rows, columns) and patches [rows*columns, p*p*3]
 
+_PADDING = 0.1  # of the rows of a batch, at most
+
 
 def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
     """[H, W, C] -> [h*w, patch*patch*C] in reading order, each patch as (y, x, channel).
@@ -38,8 +40,25 @@ def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
     return whole.transpose(0, 2, 1, 3, 4).reshape(h * w, patch * patch * channels)
 
 
+def bucket(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Numbers of slices of those lengths in batches: at most `size` each, of like length, at most a tenth padding."""
+    batches: list[list[int]] = []
+    filled = 0  # rows of the last batch that are no padding
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        filled += lengths[i]
+        if not batches or len(batches[-1]) == size or filled < (1 - _PADDING) * lengths[i] * (len(batches[-1]) + 1):
+            batches.append([])
+            filled = lengths[i]
+        batches[-1].append(i)
+    return batches
+
+
 class Encoder:
-    """A frozen tower and all that decides what it sees: pixel preprocessing, tiling, the layer to read."""
+    """A frozen tower and all that decides what it sees: pixel preprocessing, tiling, the layer to read.
+
+    Attributes:
+        rows: patches that the tower ran over so far, padding included.
+    """
 
     def __init__(
         self,
@@ -53,6 +72,7 @@ class Encoder:
         """`pool`: the mean over pool x pool patches is taken in `embed` (and by a store's writer), not in `encode`."""
         self.tower, self.vision, self.image, self.tiling = tower, vision, image, tiling
         self.layer, self.pool = layer, pool
+        self.rows = 0
 
     def prepare(self, source: Source) -> tuple[SliceLayout, list[np.ndarray]]:
         """Open, split and cut a picture: its layout and the patches [P_i, p*p*3] of each slice, in
@@ -76,7 +96,6 @@ class Encoder:
         """
         count = default_lanes(min(batch_size, len(slices)))
         size = -(-batch_size // count)  # the lanes together hold one batch
-        order = sorted(range(len(slices)), key=lambda i: len(slices[i][1]))
         found: dict[int, np.ndarray] = {}
         waiting: deque[tuple[list[int], Future[mx.array]]] = deque()
 
@@ -84,18 +103,23 @@ class Encoder:
             chosen, work = waiting.popleft()
             # Copies, so that one slice does not keep its whole batch in memory.
             for i, rows in zip(chosen, np.array(work.result()), strict=True):
-                found[i] = rows[: len(slices[i][1])].copy()
+                h, w = slices[i][0]
+                found[i] = rows[: h * w].copy()
 
         mx.eval(self.tower.parameters())  # lanes take no work of another thread over
         with lanes(count) as side:
-            for start in range(0, len(order), size):
-                chosen = order[start : start + size]
+            for chosen in self._batches(slices, size):
+                self.rows += len(chosen) * max(len(slices[i][1]) for i in chosen)
                 waiting.append((chosen, side.start(partial(self._forward, [slices[i] for i in chosen]))))
                 if len(waiting) > count:
                     take()
             while waiting:
                 take()
         return [found[i] for i in range(len(slices))]
+
+    def _batches(self, slices: Sequence[Slice], size: int) -> list[list[int]]:
+        """Numbers of the slices that `_forward` takes together."""
+        return bucket([len(patches) for _, patches in slices], size)
 
     def _forward(self, batch: Sequence[Slice]) -> mx.array:
         """float32 [S, P, D], padded to the longest slice of the batch."""

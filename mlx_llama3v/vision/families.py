@@ -130,26 +130,21 @@ class StripEncoder(PaddingEncoder):
         longest = max(map(len, patches))
         return layout, [np.pad(rows, ((0, longest - len(rows)), (0, 0))) for rows in patches]
 
-    def encode(self, slices: Sequence[Slice], batch_size: int = 8) -> list[np.ndarray]:
-        """See Encoder. Slices of one padded length and, without `flat`, of one grid share a batch."""
+    def _batches(self, slices: Sequence[Slice], size: int) -> list[list[int]]:
+        """Slices of one padded length and, without `flat`, of one grid share a batch."""
         groups: dict[tuple[int, Grid | None], list[int]] = {}
         for i, (grid, patches) in enumerate(slices):
             groups.setdefault((len(patches), None if self.flat else grid), []).append(i)
-        found: dict[int, np.ndarray] = {}
-        for (length, shape), members in groups.items():
-            positions = self._positions(shape or (1, length))
-            for start in range(0, len(members), batch_size):
-                chosen = members[start : start + batch_size]
-                hidden = self._run(np.stack([slices[i][1] for i in chosen]), positions)
-                for i, rows in zip(chosen, hidden, strict=True):
-                    h, w = slices[i][0]
-                    found[i] = rows[: h * w].copy()
-        return [found[i] for i in range(len(slices))]
+        return [members[at : at + size] for members in groups.values() for at in range(0, len(members), size)]
 
-    def _run(self, patches: np.ndarray, positions: mx.array) -> np.ndarray:
-        both = mx.array(patches), mx.broadcast_to(positions, (len(patches), *positions.shape))
+    def _forward(self, batch: Sequence[Slice]) -> mx.array:
+        """See Encoder; nothing is padded here."""
+        grid, first = batch[0]
+        patches = mx.array(np.stack([rows for _, rows in batch]))
+        positions = self._positions((1, len(first)) if self.flat else grid)
         run = self.tower.last_hidden_state if self.norm else self.tower
-        return np.array(run(*both, layer=self.layer).astype(mx.float32))
+        positions = mx.broadcast_to(positions, (len(batch), *positions.shape))
+        return run(patches, positions, layer=self.layer).astype(mx.float32)
 
     def _positions(self, grid: Grid) -> mx.array:
         """Rows of the tower's table for a slice of `grid`, [h*w, D]."""

@@ -57,6 +57,8 @@ def open_image(source: Source, max_pixels: int, need: Callable[[Size], Size] | N
             if image.format == "JPEG":
                 image.draft(None, (2 * width, 2 * height))
         image.load()  # once: on some broken files a second call returns silently
+        if image.mode == "RGB" and not image.has_transparency_data and _orientation(image) == 1:
+            return image  # most photos: no copies
         return _rgb(ImageOps.exif_transpose(image))
 
 
@@ -82,20 +84,24 @@ def _normalised(image: Image.Image, config: ImageConfig) -> np.ndarray:
 
     Whole rows at a time: NumPy takes ten times as long for arrays whose last axis is 3.
     """
+    mean, std = np.array(config.image_mean), np.array(config.image_std)
     pixels = np.array(image, np.float32)
     rows = pixels.reshape(len(pixels), -1)
-    rows *= np.float32(config.rescale_factor)
-    rows -= np.tile(np.array(config.image_mean, np.float32), image.width)
-    rows /= np.tile(np.array(config.image_std, np.float32), image.width)
+    rows *= np.tile(config.rescale_factor / std, image.width).astype(np.float32)
+    rows -= np.tile(mean / std, image.width).astype(np.float32)
     return pixels
 
 
 def _turned(image: Image.Image, size: Size) -> Size:
     """`size` of the stored picture as it is upright, or the other way round."""
-    # PNG's own getexif decodes the picture to look behind the pixels; the general one reads the header.
-    orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"  # Pillow turns a TIFF itself
+    turned = _orientation(image) in (5, 6, 7, 8) and image.format != "TIFF"  # Pillow turns a TIFF itself
     return (size[1], size[0]) if turned else size
+
+
+def _orientation(image: Image.Image) -> int:
+    """Of its EXIF block, 1 where that has none."""
+    # PNG's own getexif decodes the picture to look behind the pixels; the general one reads the header.
+    return int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
 
 
 @contextmanager

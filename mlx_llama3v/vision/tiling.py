@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from math import ceil, isqrt, log, sqrt
 
 from mlx_llama3v.config import Grid, SliceLayout, TilingConfig, VisionConfig
@@ -34,6 +35,7 @@ class Plan:
         return max(w, self.layout.cols * tile_w), max(h, self.layout.rows * tile_h)
 
 
+@lru_cache(maxsize=4096)  # photos of a data set come in few sizes
 def plan(width: int, height: int, vision: VisionConfig, tiling: TilingConfig) -> Plan:
     """The slices of a picture of `width` x `height` pixels, both at least 1; it never fails on a shape.
 
