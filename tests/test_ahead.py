@@ -148,7 +148,9 @@ def test_the_encoder_ends_with_its_parent(model: Path, data: DataSet, tmp_path: 
 
 
 def settings(**more: Any) -> TrainConfig:
-    return TrainConfig(stage="pretrain", epochs=2, batch_size=4, val_split=0.1, steps_per_eval=10, save_every=6, **more)
+    return TrainConfig(
+        stage="pretrain", epochs=2, batch_size=4, val_split=0.1, steps_per_eval=10, save_every=6, compile=False, **more
+    )
 
 
 def test_a_run_is_that_of_a_full_store(model: Path, data: DataSet, whole: Store, tmp_path: Path) -> None:
