@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,49 @@ def test_a_disk_that_fills_up_keeps_what_is_complete(model: Path, data: DataSet,
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_store_that_vanishes_is_one_sentence(model: Path, data: DataSet, tmp_path: Path) -> None:
+def moved(store: Path) -> Callable[[], object]:
+    aside = store.with_name("elsewhere")
+    store.rename(aside)
+    return lambda: aside.rename(store)
+
+
+def read_only(store: Path) -> Callable[[], object]:
+    if os.geteuid():
+        store.chmod(0o555)
+        return lambda: store.chmod(0o755)
+    # root may write to anything but what is immutable
+    if shutil.which("chattr") is None or subprocess.run(["chattr", "+i", store], capture_output=True).returncode:
+        pytest.skip("root needs a file system with chattr")
+    return lambda: subprocess.run(["chattr", "-i", store], check=True)
+
+
+@pytest.mark.parametrize("spoil", [moved, read_only])
+def test_a_store_that_is_spoiled_under_way_keeps_what_is_complete(
+    model: Path, data: DataSet, tmp_path: Path, spoil: Callable[[Path], Callable[[], object]]
+) -> None:
+    store = tmp_path / "store"
+    settings: dict[str, Any] = {"image_folder": data.images, "shard_bytes": SHARD_BYTES, "batch_size": BATCH}
+    mend: list[Callable[[], object]] = []
+
+    def progress(_: object) -> None:
+        if not mend and [*store.glob("shard-*")]:
+            mend.append(spoil(store))
+
+    try:
+        with pytest.raises(StoreError, match=r"cannot be written \((No such file|Permission|Operation not)") as caught:
+            embed_data(model, data.captions, store, progress=progress, **settings)
+    finally:
+        for action in mend:
+            action()
+    assert str(store) in str(caught.value) and "\n" not in str(caught.value)
+    have = len(Store(store))
+    assert 0 < have < 90 and not verify(store)
+    report = embed_data(model, data.captions, store, **settings)
+    assert report.summary.reused == have and len(Store(store)) == 90 and not verify(store)
+    assert not [*store.glob(".*.tmp")]
+
+
+def test_a_store_that_is_removed_under_way_is_one_sentence(model: Path, data: DataSet, tmp_path: Path) -> None:
     store = tmp_path / "store"
 
     def vanish(_: object) -> None:

@@ -381,6 +381,22 @@ def test_an_exception_in_the_block_keeps_what_is_complete(tmp_path: Path) -> Non
 
 
 # A writer in a process of its own, that can kill itself inside the n-th call of a function of `os`.
+def test_a_directory_that_turns_read_only_within_a_write_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    fill(tmp_path, range(4))
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)  # what was begun cannot be taken back either
+    with pytest.raises(StoreError, match="Permission denied"):
+        fill(tmp_path, range(8))
+    monkeypatch.undo()
+    fill(tmp_path, range(8))
+    assert contents(tmp_path) == expected(range(8)) and not [*tmp_path.glob(".*.tmp")]
+
+
 CHILD = """
 import os, signal, sys
 from pathlib import Path

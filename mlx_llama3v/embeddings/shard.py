@@ -277,7 +277,8 @@ def write_atomic(path: Path, chunks: Iterable[bytes | np.ndarray]) -> None:
         os.replace(temporary, path)
         _sync_directory(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where the directory is read-only now, it stays until a writer can clean up
+            temporary.unlink()
         first = "make room and " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise StoreError(
             f"{path} cannot be written ({error.strerror or error}); everything stored before it is safe: "
