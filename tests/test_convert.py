@@ -44,6 +44,12 @@ def converted(vision: Path, llm: Path, tmp_path_factory: pytest.TempPathFactory)
     return convert(vision, llm, tmp_path_factory.mktemp("out") / "model").path
 
 
+@pytest.fixture(scope="module")
+def theirs(vision: Path, llm: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Features and logits of transformers."""
+    return hf_features(vision).hidden_states[-1].numpy(), hf_logits(llm)
+
+
 # -- parity, and that it can fail
 
 
@@ -72,14 +78,11 @@ def test_decoder_matches_transformers(over: dict[str, Any], vision: Path, tmp_pa
     ],
 )
 def test_parity_fails_for_a_perturbed_weight(
-    name: str, vision: Path, llm: Path, converted: Path, tmp_path: Path
+    name: str, theirs: tuple[np.ndarray, np.ndarray], converted: Path, tmp_path: Path
 ) -> None:
     spoilt = copy(converted, tmp_path / "spoilt")
     edit(spoilt, lambda weights: weights.update({name: weights[name] + 0.05}))
-    far = [
-        distance(features(spoilt), hf_features(vision).hidden_states[-1].numpy()),
-        distance(logits(spoilt), hf_logits(llm)),
-    ]
+    far = [distance(found(spoilt), expected) for found, expected in zip((features, logits), theirs, strict=True)]
     assert max(far) > 10 * TOLERANCE
 
 
