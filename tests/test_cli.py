@@ -118,6 +118,7 @@ def test_convert_quantized_reports_every_layer(cli: Cli, tmp_path: Path) -> None
     args = ("--vision", TINY / "siglip", "--llm", TINY / "llama", "--mlx-path", tmp_path / "m", "-q")
     outcome = cli("convert", *args)
     assert outcome.status == 0 and "bits per weight" in outcome.out and "q_proj" in outcome.out
+    assert "On a probe sentence the logits moved by" in outcome.out
 
 
 def test_convert_mistakes(cli: Cli, tmp_path: Path) -> None:

@@ -155,6 +155,12 @@ def test_full_disk_is_foreseen(vision: Path, llm: Path, tmp_path: Path, monkeypa
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     refused("GB free", vision, llm, tmp_path / "model")
+    for name in ("model", "other"):  # left by killed conversions: one will be cleared, of the other nobody knows
+        (tmp_path / f".{name}.partial").mkdir()
+        (tmp_path / f".{name}.partial" / "part-00000.safetensors").write_bytes(b"x" * 1_000_000)
+    said = refused("GB free", vision, llm, tmp_path / "new")
+    assert ".other.partial" in said and "deleted" in said
+    convert(vision, llm, tmp_path / "model")
 
 
 def test_other_peoples_directories_are_not_overwritten(vision: Path, llm: Path, tmp_path: Path) -> None:

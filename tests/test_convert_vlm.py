@@ -43,6 +43,15 @@ def test_clip_is_refused_by_its_config(llava: Path, tmp_path: Path) -> None:
     assert "CLIP" in sentence(clip, tmp_path / "m") and "SigLIP" in sentence(clip, tmp_path / "m")
 
 
+@pytest.mark.parametrize("kind", ["siglip2_vision_model", "dinov2"])
+def test_other_towers_are_refused_by_their_config(kind: str, llava: Path, tmp_path: Path) -> None:
+    other = copy(llava, tmp_path / "siglip-llama")
+    vision = json.loads((other / "config.json").read_text())["vision_config"]
+    edit_json(other / "config.json", vision_config=vision | {"model_type": kind})
+    said = sentence(other, tmp_path / "m")
+    assert kind in said and "fixed resolution" in said and "--vision and --llm" in said
+
+
 def test_clip_is_refused_by_its_keys(llava: Path, tmp_path: Path) -> None:
     clip = edit(
         copy(llava, tmp_path / "x"), lambda w: w.update({"vision_tower.embeddings.class_embedding": mx.zeros(32)})

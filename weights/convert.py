@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from mlx_llama3v.checkpoint import parse_dtype, resolve, save_model
 from mlx_llama3v.config import ModelConfig, ProjectorConfig, TilingConfig
-from mlx_llama3v.directory import check_output
+from mlx_llama3v.directory import check_output, leftovers
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.layout import named_layout
 from mlx_llama3v.model import Llama3V, quantize_layers
@@ -312,11 +312,17 @@ def report_of(
 
 
 def check_space(target: Path, total: int) -> None:
-    """Stop before the disk is full, not after an hour."""
+    """Stop before the disk is full, not after an hour. What was left under the same name will be cleared."""
     parent = next(path for path in target.parents if path.exists())
-    free = shutil.disk_usage(parent).free
+    left = leftovers(parent)
+    own = sum(size for path, size in left if path.name == f".{target.name}.partial")
+    free = shutil.disk_usage(parent).free + own
     if free < total:
-        raise CheckpointError(f"{parent} has {free / 1e9:.1f} GB free; the model directory needs {total / 1e9:.1f} GB.")
+        others = [f"{path} ({size / 1e9:.1f} GB)" for path, size in left if path.name != f".{target.name}.partial"]
+        hint = f"; {', '.join(others)} was left by a command that was killed and can be deleted" if others else ""
+        raise CheckpointError(
+            f"{parent} has {free / 1e9:.1f} GB free; the model directory needs {total / 1e9:.1f} GB{hint}."
+        )
 
 
 def drain(weights: dict[str, mx.array]) -> Iterator[tuple[str, mx.array]]:

@@ -31,6 +31,12 @@ def configure(source: Source) -> ModelConfig:
     act = values.get("projector_hidden_act", "gelu")
     if act != "gelu":
         raise CheckpointError(f"{where}: projector_hidden_act is {act!r}; expected gelu.")
+    tower = values.get("vision_config", {}).get("model_type", "siglip_vision_model")
+    if tower not in ("siglip_vision_model", "siglip"):
+        raise CheckpointError(
+            f"{where} sees through a tower of type {tower!r}; expected a SigLIP or SigLIP 2 of a fixed resolution "
+            "(siglip_vision_model), or such a tower and a Llama with --vision and --llm."
+        )
     text = llama_config({k: v for k, v in values.get("text_config", {}).items() if k not in ("dtype", "torch_dtype")})
     text["tie_word_embeddings"] |= not source.has(r"lm_head\.")
     vision = tower_config(source, values.get("vision_config", {}))

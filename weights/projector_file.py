@@ -72,8 +72,8 @@ def _find(path_or_repo: str | Path, offline: bool) -> Path:
     if pickles:
         raise CheckpointError(pickle_refusal(pickles[0]))
     raise CheckpointError(
-        f"{path_or_repo} has no *projector*.safetensors; expected the projector's file, as safetensors (where it is "
-        "published as mm_projector.bin, a pickle, fetch that by hand and name it here: the answer says how to go on)."
+        f"{path_or_repo} has no *projector*.safetensors; expected the projector so (pickles are not fetched: "
+        "download a mm_projector.bin by hand and give its path here to learn how it is converted)."
     )
 
 
