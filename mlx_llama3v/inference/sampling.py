@@ -99,7 +99,7 @@ class Sampler:
 
     def silenced(self, logits: mx.array) -> mx.array:
         """Logits [..., V] without what no answer may hold."""
-        return logits if self.never is None else mx.where(self.never, mx.array(-mx.inf, logits.dtype), logits)
+        return logits if self.never is None else mx.where(self.never, -mx.inf, logits)
 
     def choose(self, logits: mx.array) -> mx.array:
         """[1, V] -> the next token [1]; each call is one place further in the answer."""
