@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_llama3v.compat import LlamaArgs, LlamaModel
 from mlx_llama3v.config import ModelConfig, llama_config
@@ -127,16 +128,27 @@ class Llama3V(nn.Module):
 def _recomputed(layer: nn.Module, vectors: mx.array, mask: Any) -> mx.array:
     """layer(vectors, mask) that is computed again for its gradient.
 
+    Again, but not before the gradient of what follows is there, and its own gradients before those of what it follows:
+    left alone, MLX (0.32, `mx.checkpoint`, too) computes all blocks again first, and saves little.
+
     It must not be random: MLX would draw other dropout masks the second time (its random state cannot be set).
     """
-    masks = () if isinstance(mask, str) else (mask,)
+    learned = layer.trainable_parameters()
+    names = [name for name, _ in tree_flatten(learned)]
 
-    @mx.checkpoint
-    def call(parameters: Any, vectors: mx.array, *masks: mx.array) -> mx.array:
-        layer.update(parameters)
-        return layer(vectors, *(masks or (mask,)))
+    def call(inputs: list[mx.array]) -> mx.array:
+        layer.update(tree_unflatten(list(zip(names, inputs[1:], strict=True))))
+        return layer(inputs[0], mask)
 
-    return call(layer.trainable_parameters(), vectors, *masks)
+    block = mx.custom_function(call)
+
+    @block.vjp
+    def back(inputs: list[mx.array], cotangent: mx.array, output: mx.array) -> list[mx.array]:
+        again = mx.depends(inputs, [cotangent])
+        _, (first, *others) = mx.vjp(lambda *values: call(list(values)), again, [cotangent])
+        return [mx.depends(first, others) if others else first, *others]
+
+    return block([vectors, *(value for _, value in tree_flatten(learned))])
 
 
 def layer_setting(setting: Mapping[str, Any], name: str) -> dict[str, Any]:

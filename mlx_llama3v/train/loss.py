@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.platform import device_name
@@ -44,16 +44,12 @@ def loss_sum(
     states = model.train_hidden(vectors, picks, segments, recompute=recompute)
     wanted = _pick(targets.reshape(-1), picks)
     weight = weights(supervised, picks)
-    rows = max(1, chunk_bytes() // (4 * model.vocab_size))
+    if gradient:
+        return _with_gradient(model, states, wanted, weight)
     total = mx.array(0.0)
-    for start in range(0, len(picks), rows):
-        chunk = tuple(part[start : start + rows] for part in (states, wanted, weight))
-        if not gradient:
-            total = total + _cross_entropy(model, *chunk)
-        elif _head_learns(model):
-            total = total + _recomputed(model, *chunk)
-        else:
-            total = total + _with_gradient(model, *chunk)
+    for rows in _chunks(model, len(picks)):
+        chunk = mx.depends(states[rows], total)
+        total = total + _cross_entropy(model, chunk, wanted[rows], weight[rows])
     return total
 
 
@@ -77,27 +73,70 @@ def _cross_entropy(model: Llama3V, states: mx.array, targets: mx.array, weight: 
     return (losses * weight).sum()
 
 
+def _chunks(model: Llama3V, count: int) -> list[slice]:
+    """Rows that go through the head together."""
+    rows = max(1, chunk_bytes() // (4 * model.vocab_size))
+    return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
+
+
 def _with_gradient(model: Llama3V, states: mx.array, targets: mx.array, weight: mx.array) -> mx.array:
-    """The same where the head is frozen: the gradient is made beside the value, so nothing is computed twice.
+    """The sum of all chunks. Each chunk's gradient is made beside its value, and before the next one begins.
 
-    The second term is zero, and its gradient for `states` is what was found.
+    So no logits are computed twice, those of one chunk are held at a time (MLX would begin with all of them), and
+    the head's own gradient, where it learns, is one running sum.
     """
-    fixed = mx.stop_gradient(states)
-    value, gradient = mx.value_and_grad(lambda x: _cross_entropy(model, x, targets, weight))(fixed)
-    return mx.stop_gradient(value) + ((states - fixed) * mx.stop_gradient(gradient)).astype(mx.float32).sum()
+    learned = model.head.trainable_parameters()
+
+    @mx.custom_function
+    def run(parameters: Any, states: mx.array, targets: mx.array, weight: mx.array) -> tuple[mx.array, mx.array, Any]:
+        total, sums, found = mx.array(0.0), tree_map(mx.zeros_like, parameters), list[mx.array]()
+        for rows in _chunks(model, len(targets)):
+            before = [total, *found[-1:], *(value for _, value in tree_flatten(sums))]
+            chunk = mx.depends(states[rows], before)
+            value, of_head, of_states = _value_and_gradient(model, parameters, chunk, targets[rows], weight[rows])
+            total, sums = total + value, tree_map(mx.add, sums, of_head)
+            found.append(of_states)
+        return total, mx.concatenate(found), sums
+
+    @run.vjp
+    def back(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        factor, (_, of_states, of_head) = cotangents[0], outputs
+
+        def scaled(value: mx.array) -> mx.array:
+            return value * factor.astype(value.dtype)
+
+        return tree_map(scaled, of_head), scaled(of_states), *map(mx.zeros_like, primals[2:])
+
+    return run(learned, states, targets, weight)[0]
 
 
-def _recomputed(model: Llama3V, states: mx.array, targets: mx.array, weight: mx.array) -> mx.array:
-    """The same where the head learns: its logits are computed again in the backward pass."""
+def _value_and_gradient(
+    model: Llama3V, parameters: Any, states: mx.array, targets: mx.array, weight: mx.array
+) -> tuple[mx.array, Any, mx.array]:
+    """One chunk's sum, and its gradients for the head's `parameters` and for `states`.
+
+    MLX has no fused cross entropy (0.32: neither `mx.fast` nor `nn.losses`), and its gradient takes two exponentials
+    a logit. One softmax p serves both: logsumexp is max(logits) - log(max(p)), and p less 1 at the target is the
+    gradient. That is three arrays of logits at the peak in place of four, and 1.4 times as fast on a CPU.
+    """
     head = model.head
 
-    @mx.checkpoint
-    def call(parameters: Any, states: mx.array) -> mx.array:
+    def logits(parameters: Any, states: mx.array) -> mx.array:
         head.update(parameters)
-        return _cross_entropy(model, states, targets, weight)
+        return model.logits(states)
 
-    return call(head.trainable_parameters(), states)
-
-
-def _head_learns(model: Llama3V) -> bool:
-    return bool(tree_flatten(model.head.trainable_parameters()))
+    found, where = logits(parameters, states), targets[:, None]
+    scores = found.astype(mx.float32)
+    p = mx.softmax(scores, axis=-1)
+    losses = scores.max(-1) - mx.log(p.max(-1)) - mx.take_along_axis(scores, where, -1)[:, 0]
+    wanted = (mx.take_along_axis(p, where, -1) - 1) * weight[:, None]
+    gradient = mx.put_along_axis(p * weight[:, None], where, wanted, -1).astype(found.dtype)
+    names = [name for name, _ in tree_flatten(parameters)]
+    values = [value for _, value in tree_flatten(parameters)]
+    _, back = mx.vjp(
+        lambda states, *values: logits(tree_unflatten(list(zip(names, values, strict=True))), states),
+        [states, *values],
+        [gradient],
+    )
+    head.update(parameters)
+    return (losses * weight).sum(), tree_unflatten(list(zip(names, back[1:], strict=True))), back[0]
