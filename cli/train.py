@@ -170,6 +170,8 @@ def print_start(start: Start) -> None:
         show.err.print(f"shortened: {problem}", markup=False)
     if len(start.shortened) > 10:
         show.err.print(f"... and {len(start.shortened) - 10} more")
+    limit = f"about {show.size(start.memory)} of the {show.size(start.memory_limit)} here"
+    show.err.print(f"a step on the longest rows takes {limit}")
     learned = start.trainable
     show.err.print(
         f"{start.rows:,} rows (none over {start.longest} tokens), {start.held_out} held out; {start.steps:,} steps "
@@ -231,4 +233,16 @@ def print_result(result: TrainResult) -> None:
     show.out.print(
         f"{result.steps:,} steps on {result.rows:,} rows in {show.duration(result.seconds)}{left_out}; {loss}{padding}."
     )
-    show.out.print(f"Run: {result.run_dir} (projector, metrics.jsonl, loss.png)")
+    show.out.print(f"Run: {result.run_dir} ({', '.join(written(result))}, metrics.jsonl, loss.png)", markup=False)
+
+
+def written(result: TrainResult) -> list[str]:
+    """The weights of a run, in words: what learned first."""
+    if result.trainable.adapter_config is None:
+        return ["projector"]
+    learned = any(name.startswith("projector.") for name in result.trainable.shapes)
+    kind = result.trainable.adapter_config["fine_tune_type"]
+    return [
+        "adapters: the whole decoder" if kind == "full" else f"adapters ({kind})",
+        "projector" if learned else "projector as it was",
+    ]

@@ -44,6 +44,7 @@ from mlx_llama3v.vision.tiling import plan
 
 SPEC, READS, LOG, CHANNELS = "spec.json", "reads.jsonl", "encoder.log", "channels.safetensors"
 _ROLLING = "rolling-"
+_CHILD = "from mlx_llama3v.platform import without_torch as f; f(); from mlx_llama3v.ahead import main; main()"
 _SAMPLE = 32  # pictures that the codec is fitted to
 _CHUNK = 2048  # reads that are handed to the pipeline at once
 
@@ -122,7 +123,7 @@ class Ahead:
         )
         write_atomic(target / READS, (f"{line}\n".encode() for line in lines))
         write_atomic(target / SPEC, [json.dumps(asdict(self._config)).encode()])
-        command = [sys.executable, "-m", "mlx_llama3v.ahead", str(target), str(os.getpid())]
+        command = [sys.executable, "-c", _CHILD, str(target), str(os.getpid())]
         with open(self._directory / LOG, "wb") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         return target

@@ -133,22 +133,22 @@ def _recomputed(layer: nn.Module, vectors: mx.array, mask: Any) -> mx.array:
 
     It must not be random: MLX would draw other dropout masks the second time (its random state cannot be set).
     """
-    learned = layer.trainable_parameters()
-    names = [name for name, _ in tree_flatten(learned)]
+    learned: dict[str, mx.array] = dict(tree_flatten(layer.trainable_parameters()))
 
     def call(inputs: list[mx.array]) -> mx.array:
-        layer.update(tree_unflatten(list(zip(names, inputs[1:], strict=True))))
+        layer.update(tree_unflatten(list(zip(learned, inputs[1:], strict=True))))
         return layer(inputs[0], mask)
 
     block = mx.custom_function(call)
 
     @block.vjp
-    def back(inputs: list[mx.array], cotangent: mx.array, output: mx.array) -> list[mx.array]:
+    def back(inputs: list[mx.array], cotangent: mx.array, output: mx.array) -> list[Any]:
         again = mx.depends(inputs, [cotangent])
         _, (first, *others) = mx.vjp(lambda *values: call(list(values)), again, [cotangent])
         return [mx.depends(first, others) if others else first, *others]
 
-    return block([vectors, *(value for _, value in tree_flatten(learned))])
+    found: Any = block([vectors, *learned.values()])
+    return found
 
 
 def layer_setting(setting: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -32,6 +32,15 @@ def _mkl_candidates() -> list[Path]:
     return [path for root in dict.fromkeys(roots) for path in sorted(root.glob("libmkl_rt.so*"), reverse=True)]
 
 
+def without_torch() -> None:
+    """Keep PyTorch out of this process: `import torch` fails from here on, unless it was imported before.
+
+    For processes that are ours from start to end. transformers, which mlx-lm imports, would import PyTorch wherever it
+    is installed; that takes longer than all else that a command needs, and nothing here computes with it.
+    """
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+
+
 @lru_cache(maxsize=1)
 def load_blas() -> str:
     """Load a fast BLAS globally, once. Returns a name for `doctor`: 'mkl', 'openblas', 'reference' or 'accelerate'.

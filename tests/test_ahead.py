@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,12 @@ from mlx_llama3v.errors import StoreError
 from mlx_llama3v.stages import embed_data, train_stage
 from mlx_llama3v.tensors import load_file
 from mlx_llama3v.train.config import TrainConfig
+from mlx_llama3v.train.report import Callbacks, Start
+from mlx_llama3v.train.trainer import TrainResult
 from mlx_llama3v.weights import TINY
 from mlx_llama3v.weights.convert import convert
+from tests.forked import start
+from tests.tiny_run import undrawn
 
 BUDGET = 400_000  # the whole store takes about 1.4 MB
 
@@ -148,55 +151,35 @@ def test_the_encoder_ends_with_its_parent(model: Path, data: DataSet, tmp_path: 
 
 
 def settings(**more: Any) -> TrainConfig:
-    return TrainConfig(
-        stage="pretrain", epochs=2, batch_size=4, val_split=0.1, steps_per_eval=10, save_every=6, compile=False, **more
-    )
+    values = {"epochs": 2, "batch_size": 4, "val_split": 0.1, "save_every": 6, "compile": False}
+    return TrainConfig("pretrain", steps_per_report=1, **{**values, **more})
+
+
+def ahead(model: Path, data: DataSet, folder: Path, **more: Any) -> TrainResult:
+    """A run whose pictures are embedded while it trains."""
+    config = AheadConfig(str(model), BUDGET, "float16")
+    places = model, data.captions, folder / "ahead", folder / "run"
+    with undrawn():
+        return train_stage(*places, settings(), ahead=config, image_folder=data.images, **more)
 
 
 def test_a_run_is_that_of_a_full_store(model: Path, data: DataSet, whole: Store, tmp_path: Path) -> None:
-    full = train_stage(model, data.captions, whole.path, tmp_path / "full", settings())
-    config = AheadConfig(str(model), BUDGET, "float16")
-    ours = train_stage(
-        model, data.captions, tmp_path / "ahead", tmp_path / "run", settings(), ahead=config, image_folder=data.images
-    )
-    assert ours.last is not None and full.last is not None and ours.steps == full.steps > 20
-    assert ours.last.loss == pytest.approx(full.last.loss, rel=1e-3)
-    assert ours.evaluation is not None and full.evaluation is not None
-    assert ours.evaluation.eval_loss == pytest.approx(full.evaluation.eval_loss, rel=1e-3)
-
-
-TRAIN = """
-import sys
-from pathlib import Path
-from tests.test_ahead import BUDGET, AheadConfig, settings, train_stage
-model, data, images, out = sys.argv[1:]
-done = []
-class Watch:
-    started = evaluated = skipped = stop = None
-    @staticmethod
-    def progress(p):
-        print(p.step, flush=True)
-train_stage(model, Path(data), Path(out) / "ahead", Path(out) / "run", settings(steps_per_report=1),
-            ahead=AheadConfig(model, BUDGET, "int8"), image_folder=Path(images), resume=True, callbacks=Watch())
-"""
-
-
-def test_a_killed_run_goes_on_and_ends_alike(model: Path, data: DataSet, tmp_path: Path) -> None:
-    def start(folder: Path) -> subprocess.Popen[str]:
-        arguments = [str(model), str(data.captions), str(data.images), str(folder)]
-        root = Path(__file__).resolve().parents[1]
-        return subprocess.Popen([sys.executable, "-c", TRAIN, *arguments], cwd=root, stdout=subprocess.PIPE, text=True)
-
-    process = start(tmp_path / "killed")
-    assert process.stdout is not None
-    for line in process.stdout:
-        if int(line) >= 9:
-            break
+    """Also when it was killed on the way and went on."""
+    with undrawn():
+        full = train_stage(model, data.captions, whole.path, tmp_path / "full", settings())
+    assert full.last is not None and full.evaluation is not None and full.steps > 20
+    process = start(ahead, model, data, tmp_path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.is_alive() and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 9):
+        time.sleep(0.01)
     process.kill()
-    process.communicate(timeout=60)
-    for folder in ("killed", "whole"):
-        start(tmp_path / folder).communicate(timeout=120)
-        assert (tmp_path / folder / "run" / "loss.png").exists()
-    mine, theirs = (load_file(tmp_path / folder / "run" / "projector.safetensors") for folder in ("killed", "whole"))
+    process.join(60)
+    seen: list[Start] = []
+    ours = ahead(model, data, tmp_path, resume=True, callbacks=Callbacks(started=seen.append))
+    assert process.exitcode == -signal.SIGKILL and 0 < seen[0].done < full.steps
+    assert ours.last is not None and ours.evaluation is not None and ours.steps == full.steps
+    assert ours.last.loss == pytest.approx(full.last.loss, rel=1e-3)
+    assert ours.evaluation.eval_loss == pytest.approx(full.evaluation.eval_loss, rel=1e-3)
+    mine, theirs = (load_file(tmp_path / name / "projector.safetensors") for name in ("run", "full"))
     for name, value in theirs.items():
         np.testing.assert_allclose(np.array(mine[name]), np.array(value), rtol=1e-2, atol=2e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,16 +13,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_llama3v.config import Encoded, ModelConfig, ProjectorConfig, SliceLayout, VisionConfig
-from mlx_llama3v.data.batches import Batch, collate, order, padded
+from mlx_llama3v.config import Encoded, ModelConfig, ProjectorConfig, SliceLayout, TilingConfig, VisionConfig
+from mlx_llama3v.data.batches import LENGTHS, Batch, collate, order, padded
+from mlx_llama3v.data.llava import read_records
 from mlx_llama3v.data.records import Record
 from mlx_llama3v.data.rows import Row, RowLayout, build_rows
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.embeddings.tools import merge
 from mlx_llama3v.embeddings.writer import StoreWriter
-from mlx_llama3v.errors import StoreError
+from mlx_llama3v.errors import ContextError, DataError, StoreError
 from mlx_llama3v.projector import pack
-from mlx_llama3v.text.prompt import FIRST_VISUAL, Message
+from mlx_llama3v.text.prompt import FIRST_VISUAL, Message, render
+from mlx_llama3v.vision.image import image_size
+from mlx_llama3v.vision.tiling import plan
+from tests.kit import KIT, needs_kit
 from tests.tiny_model import D_VISION, tiny_config, tiny_model, tiny_tokens
 
 LAYOUTS = {
@@ -147,7 +152,7 @@ def test_picks_are_the_supervised_positions(store: Store) -> None:
     picks, supervised = array(batch.picks), array(batch.supervised).reshape(-1)
     count = supervised.sum()
     assert picks[:count].tolist() == np.flatnonzero(supervised).tolist()
-    assert len(picks) % 32 == 0 and not supervised[picks[count:]].any()
+    assert len(picks) % 8 == 0 and not supervised[picks[count:]].any()
 
 
 @pytest.mark.parametrize("kind", ["attention", "linear"])
@@ -285,3 +290,28 @@ def test_codes_become_embeddings_on_the_device(codec: str, tmp_path: Path) -> No
             assert len(wanted) == grid[number].prod()
             np.testing.assert_allclose(patches[number, : len(wanted)], wanted, rtol=1e-3, atol=1e-3)
             number += 1
+
+
+@needs_kit
+@pytest.mark.parametrize("compiled", [False, True])
+def test_little_is_padded_on_the_kits_records(compiled: bool) -> None:
+    """All its LLaVA records ten times over, as so400m/14-384 would split their pictures: 5% at most, in few shapes."""
+    vision, step = VisionConfig(1152, 4304, 27, 16, image_size=384, patch_size=14), 8 if compiled else 4
+    lengths: list[int] = []
+    for file in sorted((KIT / "llava").rglob("*.json*")):
+        with suppress(DataError):
+            for record in read_records(file).records:
+                layouts = [kit_layout(file, name, vision) for name in record.images]
+                with suppress(DataError, ContextError):
+                    lengths.append(len(render(record.messages, layouts, tiny_tokens(), ProjectorConfig())))
+    assert len(lengths) > 90 and max(lengths) > 4 * min(lengths)
+    lengths = lengths * 10
+    sizes = [(len(b), padded(max(lengths[i] for i in b), step, steps=LENGTHS)) for b in order(lengths, 8, 0, 0)]
+    share = 1 - sum(lengths) / sum(rows * size for rows, size in sizes)
+    assert share <= 0.05 and len({size for _, size in sizes}) <= 40
+
+
+def kit_layout(file: Path, name: str, vision: VisionConfig) -> SliceLayout:
+    """How a record's picture would be split, where its file is there; else as an ordinary photo."""
+    found = next((path for path in file.parent.rglob(Path(name).name) if path.is_file()), None)
+    return plan(*(image_size(found, 10**9) if found else (640, 480)), vision, TilingConfig(max_slices=6)).layout

@@ -25,7 +25,7 @@ from mlx_llama3v.train.step import Step, add
 from tests.test_loss import assert_same, found, numbers, prepared, rows_of
 from tests.test_reference import rows_of as reference_rows
 from tests.tiny_model import tiny_tokens
-from tests.tiny_run import chats, make_store, run, settings
+from tests.tiny_run import chats, make_store, run, settings, short_run
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
@@ -155,25 +155,23 @@ def test_a_run_does_not_depend_on_how_its_steps_are_made(over: dict[str, Any], s
 
 
 @pytest.mark.skipif(not LAUNCH.exists(), reason="mlx.launch is not installed")
-@pytest.mark.parametrize("stage", ["pretrain", "sft"])
-def test_one_rank_is_two_ranks(stage: str, store: Store, tmp_path: Path) -> None:
+def test_one_rank_is_two_ranks(store: Store, tmp_path: Path) -> None:
     """Real processes: every rank reads its part of a batch; also the last one, which is too small for both."""
     one, two = tmp_path / "one", tmp_path / "two"
-    script = [sys.executable, "-m", "tests.tiny_run"]
-    command = [str(LAUNCH), "-n", "2", "--backend", "ring", "--starting-port", "32955", "--", *script]
+    code = "import tests.without_torch, runpy; runpy.run_module('tests.tiny_run', run_name='__main__')"
+    command = [str(LAUNCH), "-n", "2", "--backend", "ring", "--starting-port", "32955", "--", sys.executable, "-c"]
     done = subprocess.run(
-        [*command, str(two), str(store.path), stage], capture_output=True, text=True, timeout=120, cwd=ROOT
+        [*command, code, str(two), str(store.path)], capture_output=True, text=True, timeout=120, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    subprocess.run([*script, str(one), str(store.path), stage], check=True, timeout=120, cwd=ROOT)
-    name = "projector.safetensors" if stage == "pretrain" else "adapters.safetensors"
-    mine, theirs = load_file(one / name), load_file(two / name)
-    for key, value in mine.items():
-        np.testing.assert_allclose(np.array(theirs[key]), np.array(value), atol=2e-4, err_msg=key)
-    for a, b in zip(
-        *(map(json.loads, (path / "metrics.jsonl").read_text().splitlines()) for path in (one, two)), strict=True
-    ):
-        assert a.keys() == b.keys()
-        for key in ("step", "tokens", "epoch", "loss", "grad_norm", "eval_loss", "eval_shuffled"):
-            if key in a:
-                assert b[key] == pytest.approx(a[key], rel=1e-3), key
+    for stage, name in (("pretrain", "projector.safetensors"), ("sft", "adapters.safetensors")):
+        short_run(stage, store, one / stage)
+        mine, theirs = load_file(one / stage / name), load_file(two / stage / name)
+        for key, value in mine.items():
+            np.testing.assert_allclose(np.array(theirs[key]), np.array(value), atol=2e-4, err_msg=key)
+        lines = [(path / stage / "metrics.jsonl").read_text().splitlines() for path in (one, two)]
+        for a, b in zip(*(map(json.loads, part) for part in lines), strict=True):
+            assert a.keys() == b.keys()
+            for key in ("step", "tokens", "epoch", "loss", "grad_norm", "eval_loss", "eval_shuffled"):
+                if key in a:
+                    assert b[key] == pytest.approx(a[key], rel=1e-3), (stage, key)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_llama3v.data.llava import folder_images, image_paths, read_records
+from mlx_llama3v.data.llava import _plain_record, _record, folder_images, image_paths, read_records
 from mlx_llama3v.data.records import Record, RecordFile
 from mlx_llama3v.data.sources import Refused
 from mlx_llama3v.errors import DataError
@@ -337,3 +337,31 @@ def test_a_folder_of_pictures(tmp_path: Path) -> None:
         folder_images(tmp_path / "empty")
     with pytest.raises(DataError, match="is not a folder"):
         folder_images(tmp_path / "a.png")
+
+
+@given(
+    turns=st.lists(
+        st.tuples(
+            st.sampled_from(["human", "gpt", "system", "user"]),
+            st.lists(st.sampled_from(["<image>", "\n", "a <b>", " ", "é", "\ud800", "<IMG_CONTEXT>"]), max_size=4),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    image=st.sampled_from([None, "a.jpg", "", ["a.jpg"]]),
+    name=st.sampled_from([None, 3, "x"]),
+)
+def test_the_short_way_reads_as_the_long_one(turns: Any, image: Any, name: Any) -> None:
+    row = {"id": name, "image": image, "conversations": [{"from": who, "value": "".join(t)} for who, t in turns]}
+    found = _plain_record(row, 7)
+    if found is not None:
+        assert found == _record(row, 7)
+
+
+def test_ordinary_rows_go_the_short_way() -> None:
+    talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    bare = [{"from": "human", "value": "Why?"}, *talk[1:]]
+    assert _plain_record({"id": "1", "image": "a.jpg", "conversations": talk + bare}, 1) is not None
+    assert _plain_record({"image": "a.jpg", "conversations": [{**talk[0], "value": "Ü?\n<image>"}]}, 1) is not None
+    assert _plain_record({"conversations": bare}, 1) is not None
+    assert _plain_record({"id": "1", "image": "a.jpg", "conversations": talk + talk}, 1) is None

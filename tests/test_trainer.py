@@ -44,7 +44,8 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
 def test_pretrain_learns_and_leaves_the_decoder_as_it_was(store: Store, tmp_path: Path) -> None:
     model = tiny_model(scale=4.0)
     decoder, projector = copied(parameters(model.language_model)), copied(parameters(model.projector))
-    result = run(settings(iters=30, learning_rate=3e-2, save_every=0), store, tmp_path / "run", model=model)
+    config = settings(iters=30, learning_rate=3e-2, save_every=0)
+    result = run(config, store, tmp_path / "run", model=model, drawn=True)
     assert copied(parameters(model.language_model)) == decoder
     changed = copied(parameters(model.projector))
     assert all(changed[name] != value for name, value in projector.items())

@@ -1,15 +1,16 @@
 """A training run of seconds: random pictures in a store, a tiny model, records whose answers name the picture.
 
-`python -m tests.tiny_run RUN_DIR STORE [STAGE]` trains in a process of its own: it can be killed, and be one of
-several ranks. With a STAGE it is a short run whose last batch has a single row.
+`python -m tests.tiny_run DIRECTORY STORE` does the short run of each stage; the process may be one of several ranks.
 """
 
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from mlx_llama3v.data.records import Record
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.text.prompt import Message
+from mlx_llama3v.train import trainer
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.train.trainer import TrainResult, train
 from tests.tiny_model import D_VISION, PLAIN, SPLIT, tiny_model, tiny_tokens
@@ -78,8 +80,16 @@ def settings(stage: str = "pretrain", **over: Any) -> TrainConfig:
     return TrainConfig(stage=stage, **{**values, **over})
 
 
-def run(config: TrainConfig, store: Store, path: Path, **over: Any) -> TrainResult:
-    """Train a fresh tiny model."""
+def undrawn() -> AbstractContextManager[Any]:
+    """While it is open, loss.png is left empty: to draw it takes longer than all else of a tiny run."""
+    return mock.patch.object(trainer, "plot", lambda metrics, file, title: file.touch())
+
+
+def run(config: TrainConfig, store: Store, path: Path, *, drawn: bool = False, **over: Any) -> TrainResult:
+    """Train a fresh tiny model, see `undrawn`."""
+    if not drawn:
+        with undrawn():
+            return run(config, store, path, drawn=True, **over)
     records = over.pop("records", captions() if config.stage == "pretrain" else chats())
     model = over.pop("model", None) or tiny_model(scale=1.0)
     return train(config, model, tiny_tokens(), store, records, path, **over)
@@ -87,14 +97,16 @@ def run(config: TrainConfig, store: Store, path: Path, **over: Any) -> TrainResu
 
 def long_settings() -> TrainConfig:
     """Long enough to be killed on the way, with dropout, so that the random state matters."""
-    return settings("sft", lora_dropout=0.2, iters=40, keep=50)
+    return settings("sft", lora_dropout=0.2, iters=20, keep=50)
+
+
+def short_run(stage: str, store: Store, path: Path) -> None:
+    """Steps of two batches, the last of which has a single row."""
+    config = settings(stage, iters=0, epochs=2, batch_size=5, val_split=0.2, grad_accumulation_steps=2, clip=0.5)
+    records = [record for record in chats(31) if record.id != "row-30"]
+    run(replace(config, learning_rate=3e-3), store, path, records=records)
 
 
 if __name__ == "__main__":
-    run_dir, store_dir, *stage = sys.argv[1:]
-    if stage:
-        config = settings(*stage, iters=0, epochs=2, batch_size=5, val_split=0.2, grad_accumulation_steps=2, clip=0.5)
-        records = [record for record in chats(31) if record.id != "row-30"]
-        run(replace(config, learning_rate=3e-3), Store(store_dir), Path(run_dir), records=records)
-    else:
-        run(long_settings(), Store(store_dir), Path(run_dir), resume=True)
+    for stage in ("pretrain", "sft"):
+        short_run(stage, Store(sys.argv[2]), Path(sys.argv[1]) / stage)

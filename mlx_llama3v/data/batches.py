@@ -19,6 +19,8 @@ from mlx_llama3v.embeddings.store import Reader
 from mlx_llama3v.projector import pad_slices, places
 from mlx_llama3v.text.prompt import FIRST_VISUAL
 
+LENGTHS = 32  # of a batch between powers of two: 3% of padding at most, and few shapes to compile
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -111,15 +113,13 @@ def bins(rows: Sequence[Row], most: int) -> list[list[Row]]:
     return [together for _, together in filled]
 
 
-def collate(
-    rows: Sequence[Row], store: Reader, config: ModelConfig, pad_to: int = 32, *, packed: bool = False
-) -> Batch:
+def collate(rows: Sequence[Row], store: Reader, config: ModelConfig, pad_to: int = 8, *, packed: bool = False) -> Batch:
     """Put rows together, reading their embeddings; L becomes one of few multiples of `pad_to`.
 
     `packed`: sequences as long as the longest row take several rows. Computes with NumPy alone, so it may run in a
     thread beside the training step. Raises StoreError.
     """
-    length = padded(max(map(len, rows)), pad_to, steps=8)
+    length = padded(max(map(len, rows)), pad_to, steps=LENGTHS)
     sequences = bins(rows, length) if packed else [[row] for row in rows]
     rows = [row for sequence in sequences for row in sequence]
     ids, source, segments = np.zeros((3, len(sequences), length), np.int32)

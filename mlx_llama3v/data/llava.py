@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlx_llama3v.data.records import Problem, Record, RecordFile
+from mlx_llama3v.data.records import Problem, Record, RecordFile, collector_paused
 from mlx_llama3v.data.sources import Folders
 from mlx_llama3v.errors import DataError
 from mlx_llama3v.source import Source
@@ -34,6 +34,9 @@ _ROLES = {
     "system": "system",
     "pretrain": "pretrain",  # one turn that is a caption with its pictures
 }
+_HALF = re.compile("[\ud800-\udfff]")  # half an emoji, which JSON can spell and no tokenizer takes
+_PLAIN_ROLES = {"human": "user", "gpt": "assistant"}
+_UNCOMMON = frozenset(("messages", "images", "system_prompt", "video", "videos", "audio", "audios"))
 _PLACEHOLDER = re.compile(r"<image>|<IMG_CONTEXT>")
 _PLACEHOLDERS = re.compile(rf"\s*(?:(?:{_PLACEHOLDER.pattern})\s*)+")
 
@@ -49,22 +52,20 @@ def read_records(path: str | Path) -> RecordFile:
     """
     path = Path(path)
     records, problems = [], []
-    for where, number, row in _rows(path):
-        if isinstance(row, Problem):
-            problems.append(row)
-            continue
-        read = read_row(row, number, f"{path.name}: {where}")
-        if isinstance(read, Record):
-            records.append(read)
-        else:
-            problems.append(read)
+    with collector_paused():
+        for where, number, row in _rows(path):
+            read = row if isinstance(row, Problem) else read_row(row, number, f"{path.name}: {where}")
+            if isinstance(read, Record):
+                records.append(read)
+            else:
+                problems.append(read)
     return RecordFile(path, tuple(records), tuple(problems))
 
 
 def read_row(row: Any, number: int | str, where: str) -> Record | Problem:
     """One parsed row of any dialect; `number` is its id where it has none, `where` what a Problem says."""
     try:
-        return _record(row, number)
+        return _plain_record(row, number) or _record(row, number)
     except _Refused as refused:
         return Problem(where, str(refused))
 
@@ -124,6 +125,44 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, int, Any]]:
 
 def _is_row(row: Any) -> bool:
     return isinstance(row, dict) and ("conversations" in row or "messages" in row)
+
+
+def _plain_record(row: Any, number: int | str) -> Record | None:
+    """The commonest row, in a fifth of the time: LLaVA's keys, one picture whose placeholder opens or ends the first
+    turn, or none. None where anything is otherwise: then `_record` looks, and says what is wrong.
+    """
+    turns = row.get("conversations") if type(row) is dict and _UNCOMMON.isdisjoint(row) else None
+    if type(turns) is not list or not turns:
+        return None
+    image = row.get("image")
+    if image is not None and (type(image) is not str or not image):
+        return None
+    messages: list[Message] = []
+    for turn in turns:
+        if type(turn) is not dict or len(turn) != 2:
+            return None
+        said, text = turn.get("from"), turn.get("value")
+        role = _PLAIN_ROLES.get(said) if type(said) is str else None
+        if role is None or type(text) is not str or (not text.isascii() and _HALF.search(text)):
+            return None
+        images: tuple[int, ...] = ()
+        if role == "user":
+            if image is not None and not messages:
+                text, images = _behind_placeholder(text), (0,)
+            if text is None or ("<" in text and _PLACEHOLDER.search(text)):
+                return None
+        messages.append(Message(role, text, images))
+    if image is not None and not messages[0].images:
+        return None
+    name = row.get("id")
+    return Record(str(number if name is None else name), () if image is None else (image,), tuple(messages))
+
+
+def _behind_placeholder(text: str) -> str | None:
+    """The text without the placeholder on its first or last line; None where there is none."""
+    if text.startswith("<image>\n"):
+        return text[8:].strip()
+    return text[:-8].strip() if text.endswith("\n<image>") else None
 
 
 def _record(row: Any, number: int | str) -> Record:
@@ -239,10 +278,8 @@ def _names(value: Any) -> list[str]:
 def _string(value: Any) -> str:
     if not isinstance(value, str):
         raise _Refused(f"a text is {value!r:.40}; expected a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # half an emoji, which JSON can spell and no tokenizer takes
-        raise _Refused(f"a text is not valid Unicode at character {error.start}") from error
+    if half := _HALF.search(value):
+        raise _Refused(f"a text is not valid Unicode at character {half.start()}")
     return value
 
 

@@ -14,7 +14,7 @@ from typing import overload
 import numpy as np
 
 from mlx_llama3v.config import MARKERS, ProjectorConfig, SliceLayout
-from mlx_llama3v.data.records import Problem, Record
+from mlx_llama3v.data.records import Problem, Record, collector_paused
 from mlx_llama3v.embeddings.store import Reader
 from mlx_llama3v.errors import ContextError, DataError, StoreError
 from mlx_llama3v.text.prompt import Rendered, check_messages, render
@@ -136,7 +136,11 @@ def build_rows(records: Iterable[Record], layout: RowLayout) -> tuple[Rows, list
     A row over `layout.max_length` tokens is left out or cut, as `layout.long_rows` says: never within a picture.
     Raises DataError naming the rows that are too long where `long_rows` is "error".
     """
-    records = list(records)
+    with collector_paused():
+        return _checked(list(records), layout)
+
+
+def _checked(records: list[Record], layout: RowLayout) -> tuple[Rows, list[Problem]]:
     names = {name for record in records for name in record.images}
     check = _Check(layout, layout.store.layouts(names))
     kept, bounds, problems, cut, long = list[Record](), list[int](), list[Problem](), list[Problem](), list[Problem]()

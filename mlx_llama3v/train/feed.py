@@ -36,8 +36,7 @@ class Feed:
         ranks: int = 1,
     ) -> None:
         self._rows, self._store, self._model, self._config = rows, store, model, config
-        # A compiled step wants few shapes; without, what pads least is best.
-        self._pad_to = 32 if config.compile else 4
+        self._pad_to = pad_to(config)
         self._rank, self._ranks, self._lanes = rank, ranks, max(1, config.lanes)
         self._accumulate = config.grad_accumulation_steps
         self.per_epoch = -(-len(rows) // config.batch_size)
@@ -77,8 +76,8 @@ class Feed:
         rows = self._pick(number)
         self._store.begin(number)
         parts = [rows[lane :: self._lanes] for lane in range(self._lanes)]
-        packed, pad_to = self._config.pack, self._pad_to
-        return [collate(part, self._store, self._model, pad_to, packed=packed) for part in parts if part]
+        packed = self._config.pack
+        return [collate(part, self._store, self._model, self._pad_to, packed=packed) for part in parts if part]
 
     def _pick(self, number: int) -> list[Row]:
         """This rank's rows of a batch. Rows are laid out once an epoch: those of a window when its turn comes."""
@@ -98,3 +97,8 @@ class Feed:
     def _lengths(self, rows: Sequence[int]) -> list[int]:
         self._made = {i: self._rows[i] for i in rows}
         return [len(self._made[i]) for i in rows]
+
+
+def pad_to(config: TrainConfig) -> int:
+    """Of what the length of a batch is a multiple: a compiled step wants few shapes."""
+    return 8 if config.compile else 4

@@ -15,13 +15,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.platform import device_name
 
 CHUNK_BYTES = 16 << 20  # of float32 logits
-GPU_CHUNKS = 8  # a GPU wants more rows in a product
+GPU_CHUNKS = 4  # a GPU wants more rows in a product
 
 
 def loss_sum(
@@ -85,58 +85,48 @@ def _with_gradient(model: Llama3V, states: mx.array, targets: mx.array, weight: 
     So no logits are computed twice, those of one chunk are held at a time (MLX would begin with all of them), and
     the head's own gradient, where it learns, is one running sum.
     """
-    learned = model.head.trainable_parameters()
+    learned: dict[str, mx.array] = dict(tree_flatten(model.head.trainable_parameters()))
 
     @mx.custom_function
-    def run(parameters: Any, states: mx.array, targets: mx.array, weight: mx.array) -> tuple[mx.array, mx.array, Any]:
-        total, sums, found = mx.array(0.0), tree_map(mx.zeros_like, parameters), list[mx.array]()
+    def run(states: mx.array, *values: mx.array) -> tuple[mx.array, ...]:
+        total, found, sums = mx.array(0.0), list[mx.array](), [mx.zeros_like(value) for value in values]
         for rows in _chunks(model, len(targets)):
-            before = [total, *found[-1:], *(value for _, value in tree_flatten(sums))]
-            chunk = mx.depends(states[rows], before)
-            value, of_head, of_states = _value_and_gradient(model, parameters, chunk, targets[rows], weight[rows])
-            total, sums = total + value, tree_map(mx.add, sums, of_head)
+            chunk = mx.depends(states[rows], [total, *found[-1:], *sums])
+            head = dict(zip(learned, values, strict=True))
+            value, of_states, of_head = _value_and_gradient(model, head, chunk, targets[rows], weight[rows])
+            total, sums = total + value, [a + b for a, b in zip(sums, of_head, strict=True)]
             found.append(of_states)
-        return total, mx.concatenate(found), sums
+        return total, mx.concatenate(found), *sums
 
     @run.vjp
-    def back(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        factor, (_, of_states, of_head) = cotangents[0], outputs
+    def back(inputs: Any, cotangents: Any, outputs: Any) -> Any:
+        found = [value * cotangents[0].astype(value.dtype) for value in outputs[1:]]
+        return tuple(found) if learned else found[0]
 
-        def scaled(value: mx.array) -> mx.array:
-            return value * factor.astype(value.dtype)
-
-        return tree_map(scaled, of_head), scaled(of_states), *map(mx.zeros_like, primals[2:])
-
-    return run(learned, states, targets, weight)[0]
+    found: Any = run(states, *learned.values())
+    return found[0]
 
 
 def _value_and_gradient(
-    model: Llama3V, parameters: Any, states: mx.array, targets: mx.array, weight: mx.array
-) -> tuple[mx.array, Any, mx.array]:
-    """One chunk's sum, and its gradients for the head's `parameters` and for `states`.
+    model: Llama3V, learned: dict[str, mx.array], states: mx.array, targets: mx.array, weight: mx.array
+) -> tuple[mx.array, mx.array, list[mx.array]]:
+    """One chunk's sum, and its gradients for `states` and for what the head has `learned`.
 
     MLX has no fused cross entropy (0.32: neither `mx.fast` nor `nn.losses`), and its gradient takes two exponentials
     a logit. One softmax p serves both: logsumexp is max(logits) - log(max(p)), and p less 1 at the target is the
     gradient. That is three arrays of logits at the peak in place of four, and 1.4 times as fast on a CPU.
     """
-    head = model.head
 
-    def logits(parameters: Any, states: mx.array) -> mx.array:
-        head.update(parameters)
+    def logits(states: mx.array, *values: mx.array) -> mx.array:
+        model.head.update(tree_unflatten(list(zip(learned, values, strict=True))))
         return model.logits(states)
 
-    found, where = logits(parameters, states), targets[:, None]
+    inputs = [states, *learned.values()]
+    found, where = logits(*inputs), targets[:, None]
     scores = found.astype(mx.float32)
     p = mx.softmax(scores, axis=-1)
     losses = scores.max(-1) - mx.log(p.max(-1)) - mx.take_along_axis(scores, where, -1)[:, 0]
     wanted = (mx.take_along_axis(p, where, -1) - 1) * weight[:, None]
     gradient = mx.put_along_axis(p * weight[:, None], where, wanted, -1).astype(found.dtype)
-    names = [name for name, _ in tree_flatten(parameters)]
-    values = [value for _, value in tree_flatten(parameters)]
-    _, back = mx.vjp(
-        lambda states, *values: logits(tree_unflatten(list(zip(names, values, strict=True))), states),
-        [states, *values],
-        [gradient],
-    )
-    head.update(parameters)
-    return (losses * weight).sum(), tree_unflatten(list(zip(names, back[1:], strict=True))), back[0]
+    _, (of_states, *of_head) = mx.vjp(logits, inputs, [gradient])
+    return (losses * weight).sum(), of_states, of_head

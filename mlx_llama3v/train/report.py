@@ -38,7 +38,8 @@ class Start:
     steps: int
     done: int  # steps done before, of a resumed run
     trainable: Trainable
-    memory: int  # bytes that a step is reckoned to hold, see plan.py
+    memory: int  # bytes that a step of the longest rows is reckoned to hold, see plan.py
+    memory_limit: int  # bytes that there are
     sample: tuple[tuple[str, str, int], ...]  # the first row as (text, kind, tokens) spans, see text.prompt.describe
 
 
@@ -205,8 +206,8 @@ def plot(metrics: Metrics, path: Path, title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(7, 4))  # with fixed margins: to find them would take as long as to draw
+    axes = figure.subplots(gridspec_kw={"left": 0.1, "right": 0.86, "bottom": 0.12, "top": 0.92})
     for key, label in _CURVES.items():
         points = [(line["step"], line[key]) for line in metrics.lines if key in line]
         if points:

@@ -25,7 +25,7 @@ import numpy as np
 from mlx_llama3v import plan
 from mlx_llama3v.data.batches import Batch
 from mlx_llama3v.data.records import Problem, Record
-from mlx_llama3v.data.rows import RowLayout, build_rows
+from mlx_llama3v.data.rows import Row, RowLayout, build_rows
 from mlx_llama3v.embeddings.lock import Lock
 from mlx_llama3v.embeddings.store import Reader
 from mlx_llama3v.errors import DataError, RunError
@@ -40,7 +40,7 @@ from mlx_llama3v.train.config import STAGES, TrainConfig
 from mlx_llama3v.train.evaluate import Evaluator, hold_out
 from mlx_llama3v.train.feed import Feed
 from mlx_llama3v.train.lora import Trainable, adapter_weights, prepare
-from mlx_llama3v.train.memory import training_job
+from mlx_llama3v.train.memory import job_of, longest_row
 from mlx_llama3v.train.optim import adamw, learning_rate
 from mlx_llama3v.train.report import METRICS, Callbacks, Evaluation, Metrics, Progress, Skipped, Start, Window, plot
 from mlx_llama3v.train.sinks import Sinks
@@ -131,13 +131,15 @@ class _Run:
         if not len(self.rows):
             why = f"the first: {problems[0]}" if problems else "there is none"
             raise DataError(f"none of {len(used)} records can be trained on; {why}.")
-        self.config = config = fitted(config, model, int(self.rows.bounds.max()))
+        self.longest = longest_row(self.rows)
+        self.config = config = fitted(config, model, self.longest)
         self.evaluator = Evaluator(held_out, layout, model, config, self.group)
         self.problems = (*problems, *self.evaluator.problems)
         self.feed = Feed(self.rows, store, model.config, config, self.group.rank(), self.group.size())
         self.sample = tuple(describe(self.rows[0].rendered, tokens))
         self.tokens = tokens
         self.window = Window()
+        self.drawn = -1  # lines of metrics in the last picture
         self.last: Progress | None = None
         self.evaluation: Evaluation | None = None
 
@@ -251,9 +253,8 @@ class _Run:
             shortened=self.rows.shortened,
             batch_size=self.config.batch_size,
             batches_per_step=self.config.grad_accumulation_steps,
-            memory=plan.training_memory(
-                training_job(self.model, self.config, int(self.rows.bounds.max()), self.trainable.count),
-            ).total,
+            memory=plan.training_memory(job_of(self.model, self.config, self.longest, self.trainable.count)).total,
+            memory_limit=plan.memory_limit(),
             steps=self.feed.steps,
             done=done,
             trainable=self.trainable,
@@ -363,7 +364,9 @@ class _Run:
             self.callbacks.evaluated(self.evaluation)
 
     def _plot(self) -> None:
-        if self.first:
+        """Draw what is new."""
+        if self.first and self.drawn != len(self.metrics.lines):
+            self.drawn = len(self.metrics.lines)
             plot(self.metrics, self.path / "loss.png", f"{self.config.stage}: {self.trainable.count:,} parameters")
 
     def _save(self, now: int) -> None:
@@ -386,10 +389,10 @@ class _Run:
             write_text(self.path / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
-def fitted(config: TrainConfig, model: Llama3V, longest: int) -> TrainConfig:
+def fitted(config: TrainConfig, model: Llama3V, longest: Row) -> TrainConfig:
     """`config` with the batch size that the memory of this machine holds, where it is 0."""
     if config.batch_size:
         return config
-    job = training_job(model, config, longest)
     most = config.rows_per_step or 256
-    return replace(config, batch_size=plan.largest_batch(job, plan.memory_limit(), most)).resolved()
+    batch_size = plan.largest_batch(job_of(model, config, longest), plan.memory_limit(), most)
+    return replace(config, batch_size=batch_size).resolved()

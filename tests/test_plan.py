@@ -1,0 +1,48 @@
+"""The memory of a step before it starts, beside what MLX reports."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.memory import LLAMA3_8B, llama3_8b, measure
+from mlx_llama3v import plan
+from mlx_llama3v.errors import RunError
+
+SIZE = (128, 4, 512, 4000, 4, 256)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_the_estimate_is_what_a_step_takes(stage: str) -> None:
+    """Loosely: how far MLX runs ahead of itself depends on what else the machine does."""
+    peaks = []
+    for recompute in (False, True):
+        peak, job = measure(SIZE, stage, recompute)
+        assert plan.training_memory(job).total == pytest.approx(peak, rel=0.2)
+        peaks.append(peak - job.weights)
+    assert peaks[1] < 0.6 * peaks[0], "blocks that are computed again are kept all the same"
+    gc.collect()
+
+
+def test_the_largest_batch_fits_three_quarters() -> None:
+    job = llama3_8b(True, "sft")
+    for memory in (16, 24, 36, 64):
+        rows = plan.largest_batch(job, memory * 10**9)
+        assert plan.training_memory(replace(job, rows=rows)).total <= 0.75 * memory * 1e9
+        assert plan.training_memory(replace(job, rows=2 * rows)).total > 0.75 * memory * 1e9
+    assert plan.largest_batch(job, 10**12, most=6) == 4
+    with pytest.raises(RunError, match="one row of 1024 tokens needs about 1"):
+        plan.largest_batch(llama3_8b(False, "sft"), 16 * 10**9)
+
+
+def test_memory_grows_as_it_should() -> None:
+    job = llama3_8b(False, "sft")
+    one, long, wide = (plan.training_memory(j) for j in (job, replace(job, length=2048), replace(job, width=4)))
+    assert one.weights == long.weights > 4e9 and long.activations > 2 * one.activations
+    assert wide.activations > 1.8 * one.activations
+    kept = 2 * 1024 * 4 * LLAMA3_8B.intermediate * LLAMA3_8B.layers
+    assert plan.training_memory(replace(job, recompute=True)).activations < one.activations - kept
+    assert plan.training_memory(replace(job, learned=10**9)).learning == 16 * 10**9
+    assert plan.memory_limit() > 1 << 28

@@ -1,0 +1,133 @@
+"""Presets, TOML files, what stage sft takes over, and reports to other libraries."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tomllib
+from dataclasses import fields, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import typer
+
+from mlx_llama3v.cli import train as command
+from mlx_llama3v.cli.options import PRESETS, config_file
+from mlx_llama3v.embeddings.store import Store
+from mlx_llama3v.errors import RunError
+from mlx_llama3v.train.config import TrainConfig
+from tests.tiny_run import make_store, run, settings
+
+RECIPE = {"pretrain": (256, 1e-3), "sft": (128, 2e-5)}  # LLaVA-1.5's batch and learning rate
+
+
+@pytest.mark.parametrize("stage", RECIPE)
+def test_presets_are_the_recipe(stage: str) -> None:
+    values = tomllib.loads((PRESETS / f"{stage}.toml").read_text())
+    assert values.keys() <= {item.name for item in fields(TrainConfig)}
+    config = TrainConfig(**values)
+    assert (config.stage, config.rows_per_step, config.learning_rate) == (stage, *RECIPE[stage])
+    assert (config.warmup, config.min_learning_rate, config.epochs) == (0.03, 0.0, 1)
+    assert config.batch_size == 0, "as many as fit"
+    for fits in (1, 4, 32, 1024):
+        found = replace(config, batch_size=fits).resolved()
+        assert found.batch_size * found.grad_accumulation_steps == config.rows_per_step
+
+
+def _context(name: str) -> typer.Context:
+    return typer.Context(typer.main.get_command(_app()), info_name=name)  # type: ignore[return-value]
+
+
+def _app() -> typer.Typer:
+    app = typer.Typer()
+    command.register(app)
+    return app
+
+
+def test_an_unknown_key_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("learnign_rate = 1\nlora-rnak = 4\n")
+    with pytest.raises(RunError, match=r"learnign_rate \(did you mean learning_rate\?\).*\(did you mean lora_rank\?\)"):
+        config_file(_context("train"), tmp_path / "a.toml")
+    context = _context("train")
+    config_file(context, Path("sft"))
+    assert context.default_map is not None and context.default_map["rows_per_step"] == 128
+
+
+def test_sft_takes_over_what_it_should(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = TrainConfig(max_seq_length=512, seed=7, val_split=0.1, learning_rate=0.5, batch_size=64)
+    (tmp_path / "config.json").write_text(json.dumps({"train": config.to_dict(), "model": "m"}))
+    before = command._before(tmp_path)
+    values = TrainConfig(stage="sft", seed=9).to_dict()
+    command._inherit(values, before["train"], {"seed"})
+    assert (values["max_seq_length"], values["val_split"], values["seed"]) == (512, 0.1, 9)
+    assert values["learning_rate"] is None and values["batch_size"] == TrainConfig().batch_size
+    said = capsys.readouterr().err
+    assert "max_seq_length is 512, as in the pretrain run" in said
+    assert "seed is 9; the pretrain run had 7" in said
+    assert set(command.INHERITED) <= values.keys() and command._before(tmp_path / "none.safetensors") == {}
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(RunError, match=r"config\.json is damaged"):
+        command._before(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return make_store(tmp_path_factory.mktemp("store"))
+
+
+class Seen(list[Any]):
+    """Stands for a writer of either library."""
+
+    closed = False
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.append((step, {name: value}))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.append((step, values))
+
+    def close(self) -> None:
+        self.closed = True
+
+    finish = close
+
+
+def test_reports_reach_both_libraries(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every number of every report and evaluation, at its step; closed at the end."""
+    writers, begun = (Seen(), Seen()), list[Any]()
+    board, wandb = ModuleType("tensorboardX"), ModuleType("wandb")
+    board.SummaryWriter = lambda path: begun.append(path) or writers[0]  # type: ignore[attr-defined]
+    wandb.init = lambda **how: begun.append(how) or writers[1]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorboardX", board)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config = settings(report_to=("tensorboard", "wandb"), iters=4, save_every=0, val_split=0.3)
+    result = run(config, store, tmp_path / "run")
+    assert begun[0] == str(tmp_path / "run" / "tensorboard") and begun[1]["config"] == config.resolved().to_dict()
+    for writer in writers:
+        assert writer.closed
+        found: dict[tuple[int, str], float] = {(step, key): v for step, part in writer for key, v in part.items()}
+        assert {step for step, _ in found} == {2, 4}
+        assert result.last is not None and result.evaluation is not None
+        assert found[4, "loss"] == result.last.loss and found[4, "eval_loss"] == result.evaluation.eval_loss
+        assert found[4, "eval_shuffled"] == result.evaluation.eval_shuffled
+
+
+@pytest.mark.parametrize(("name", "library"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
+def test_a_missing_library_is_named(
+    name: str, library: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(RunError, match=f"pip install {library}"):
+        run(settings(report_to=(name,), iters=1), store, tmp_path / "run")
+    with pytest.raises(RunError, match="report_to is mlflow; expected tensorboard or wandb"):
+        settings(report_to=("mlflow",))
+
+
+def test_the_last_line_names_what_a_run_holds(store: Store, tmp_path: Path) -> None:
+    assert command.written(run(settings(iters=1), store, tmp_path / "a")) == ["projector"]
+    sft = run(settings("sft", iters=1), store, tmp_path / "b")
+    assert command.written(sft) == ["adapters (lora)", "projector as it was"]
+    both = run(settings("sft", iters=1, tune="full", tune_projector=True), store, tmp_path / "c")
+    assert command.written(both) == ["adapters: the whole decoder", "projector"]
