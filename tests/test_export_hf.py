@@ -123,6 +123,8 @@ def test_what_other_readers_need_is_in_the_config(tmp_path: Path) -> None:
     assert text["rope_scaling"]["factor"] == text["rope_parameters"]["factor"] == 8.0
     assert text["tie_word_embeddings"] is False and config["tie_word_embeddings"] is False
     assert config["vision_feature_select_strategy"] == "full"
+    generation = json.loads((exported / "generation_config.json").read_text())
+    assert set(load_config(tmp_path / "model").marker_ids) <= set(generation["suppress_tokens"])
     assert config["vision_config"]["vision_use_head"] is False
     names = set(read_tensors(exported))
     assert not [name for name in names if ".head." in name]
