@@ -149,10 +149,20 @@ def test_convert_mistakes(cli: Cli, tmp_path: Path) -> None:
 def test_embed_goes_on(cli: Cli, world: World, tmp_path: Path) -> None:
     args = ("embed", "--model", world.model, "--data", world.data.captions, "--output", tmp_path / "s")
     first = cli(*args, "--image-folder", world.data.images)
-    assert "slices/s" in first.out and "waiting for pictures" in first.out and "peak memory" in first.out
+    assert (
+        "slices/s" in first.out
+        and "waiting for pictures" in first.out
+        and "% padding" in first.out
+        and "peak memory" in first.out
+    )
     values = json.loads((tmp_path / "s" / "summary.json").read_text())
     assert values["new"] == 8 and values["slices_per_second"] > 0 and values["store"]["images"] == 8
-    assert 0 <= values["waiting_share"] <= 1 and values["peak_memory"] > 1e6 and values["machine"]["mlx"]
+    assert (
+        0 <= values["waiting_share"] <= 1
+        and 0 <= values["padding_share"] <= 0.1
+        and values["peak_memory"] > 1e6
+        and values["machine"]["mlx"]
+    )
     assert first.status == 0 and "8 pictures encoded" in first.out and "Store:" in first.out.splitlines()[-1]
     again = cli(*args, "--image-folder", world.data.images)
     assert "0 pictures encoded" in again.out and "8 were there" in again.out
