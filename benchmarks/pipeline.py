@@ -143,7 +143,7 @@ def input_side(free: Device, images: Images, threads: int) -> dict[str, float]:
     """Medians of a few rounds, pictures a second and core."""
     rates: dict[str, list[float]] = {"embed": [], "pillow": [], "pillow_draft": []}
     for _ in range(ROUNDS):
-        rates["embed"].append(len(images) / embed(free, images, threads).seconds)
+        rates["embed"].append(len(images) / embed(free, images, threads, "float16").seconds)
         rates["pillow"].append(pillow(images, free, threads, draft=False))
         rates["pillow_draft"].append(pillow(images, free, threads, draft=True))
     found = {f"{name}_images_per_s_a_core": statistics.median(values) / threads for name, values in rates.items()}
