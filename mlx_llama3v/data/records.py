@@ -25,9 +25,13 @@ class Record:
     @property
     def caption(self) -> bool:
         """Whether it is pictures and one answer with nothing asked: the bare form of stage pretrain."""
-        asked = any(message.text.strip() for message in self.messages if message.role != "assistant")
-        answers = sum(message.role == "assistant" for message in self.messages)
-        return bool(self.images) and not asked and answers == 1
+        answers = 0
+        for message in self.messages if self.images else ():
+            if message.role == "assistant":
+                answers += 1
+            elif message.text and not message.text.isspace():
+                return False
+        return answers == 1
 
 
 @dataclass(frozen=True)

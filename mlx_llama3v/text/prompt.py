@@ -208,20 +208,26 @@ def check_messages(messages: Sequence[Message], pictures: int, *, generate: bool
     """Raise for messages that make no row of so many pictures; see `render`."""
     if not messages:
         raise DataError("the conversation has no message.")
+    answers = 0
     for number, message in enumerate(messages, 1):
-        if message.role not in ROLES:
-            raise DataError(f"message {number} has the role {message.role!r}; expected {', '.join(ROLES)}.")
-        if message.images and message.role != "user":
-            raise DataError(f"message {number} ({message.role}) brings a picture; only user turns may.")
-        for index in message.images:
-            if not 0 <= index < pictures:
-                raise ContextError(f"message {number} brings picture {index + 1}, but there are {pictures} pictures.")
-        if not message.text.strip() and not message.images:
-            raise DataError(f"message {number} ({message.role}) is empty; expected text.")
-    unused = set(range(pictures)) - {index for message in messages for index in message.images}
-    if unused:
-        raise ContextError(f"no message brings picture {min(unused) + 1} of {pictures}.")
-    answers = sum(message.role == "assistant" for message in messages)
+        role, images = message.role, message.images
+        if role not in ROLES:
+            raise DataError(f"message {number} has the role {role!r}; expected {', '.join(ROLES)}.")
+        answers += role == "assistant"
+        if images:
+            if role != "user":
+                raise DataError(f"message {number} ({role}) brings a picture; only user turns may.")
+            for index in images:
+                if not 0 <= index < pictures:
+                    raise ContextError(
+                        f"message {number} brings picture {index + 1}, but there are {pictures} pictures."
+                    )
+        elif not message.text or message.text.isspace():
+            raise DataError(f"message {number} ({role}) is empty; expected text.")
+    if pictures and messages[0].images != tuple(range(pictures)):  # in order at the start: none is left
+        unused = set(range(pictures)) - {index for message in messages for index in message.images}
+        if unused:
+            raise ContextError(f"no message brings picture {min(unused) + 1} of {pictures}.")
     if generate and messages[-1].role != "user":
         raise ContextError(f"the last message is from {messages[-1].role}; expected a user turn to answer.")
     if not generate and not answers:
