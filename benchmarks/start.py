@@ -37,6 +37,8 @@ TRAIN = """
 import json, sys, time
 began = time.perf_counter()
 from pathlib import Path
+from mlx_llama3v.platform import without_torch
+without_torch()  # as the command does
 from mlx_llama3v.stages import train_stage
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.train.report import Callbacks
