@@ -11,6 +11,7 @@ import typer
 
 from mlx_llama3v.cli import show
 from mlx_llama3v.cli.dropped import take_dropped, typed_path
+from mlx_llama3v.cli.interrupt import interruptible
 from mlx_llama3v.cli.options import (
     Config,
     MaxSlices,
@@ -203,9 +204,12 @@ class Conversation:
     def _stream(self, text: str, pictures: Sequence[Picture], paths: tuple[Path, ...]) -> None:
         before = len(self.session.turns)
         try:
-            for piece in self.session.ask(text, pictures, self.sampling):
-                _say(piece.text.translate(CONTROLS))
-                self.last = piece.answer or self.last
+            with interruptible() as stopped:
+                for piece in self.session.ask(text, pictures, self.sampling):
+                    _say(piece.text.translate(CONTROLS))
+                    self.last = piece.answer or self.last
+                    if stopped() and piece.answer is None:
+                        raise KeyboardInterrupt
         except KeyboardInterrupt:
             _say(" (stopped)")
         _say("\n")

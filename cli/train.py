@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, Literal
 
 import typer
@@ -18,6 +14,7 @@ from rich.text import Text
 
 from mlx_llama3v.ahead import AheadConfig
 from mlx_llama3v.cli import show
+from mlx_llama3v.cli.interrupt import interruptible
 from mlx_llama3v.cli.options import Config, Offline, byte_count, settings_options
 from mlx_llama3v.embeddings.codec import DEFAULT as DEFAULT_CODEC
 from mlx_llama3v.errors import RunError
@@ -92,7 +89,7 @@ def train(
     if embed_ahead == (embeddings is not None):
         raise RunError("give either --embeddings STORE, or --embed-ahead to embed while training.")
     ahead = AheadConfig(model, byte_count(store_budget), codec, offline=offline) if embed_ahead else None
-    with show.bar(values["stage"], "steps") as bar, _interruptible() as stop:
+    with show.bar(values["stage"], "steps") as bar, interruptible(_stopping) as stop:
         result = train_stage(
             model,
             data,
@@ -142,25 +139,8 @@ def _inherit(values: dict[str, Any], before: dict[str, Any], given: set[str]) ->
             show.err.print(f"{name} is {before[name]}, as in the pretrain run")
 
 
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C asks for an end after the step; the second one interrupts at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-        show.err.print("stopping after this step; press Ctrl-C again to stop at once")
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _stopping() -> None:
+    show.err.print("stopping after this step; press Ctrl-C again to stop at once")
 
 
 def print_start(start: Start) -> None:
