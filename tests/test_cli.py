@@ -5,8 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import shutil
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from mlx_llama3v.cli.app import COMMANDS, build, run
+from mlx_llama3v.cli.interrupt import interruptible
 from mlx_llama3v.demo.dataset import DataSet, draw
 from mlx_llama3v.weights import TINY
 from tests.hf_llama import make_llama
@@ -231,6 +236,32 @@ def test_train_both_stages_and_use_them(cli: Cli, world: World, tmp_path: Path) 
     )  # fmt: skip
     assert outcome.status == 0, outcome.err
     assert json.loads(outcome.out)["prompt_tokens"] > 16
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(cli: Cli, world: World, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+
+    def press() -> None:
+        metrics = output / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_text()):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press, daemon=True).start()
+    stopped = _train(cli, world, output, "--iters", 5000, "--steps-per-report", 1)
+    assert stopped.status == 130 and "stopping after this step" in stopped.err
+    step = int(stopped.out[stopped.out.index("Stopped after step ") :].split()[3].rstrip(",").replace(",", ""))
+    last = shlex.split(stopped.out.strip().splitlines()[-1])
+    assert last[0] == "llama3v-mlx" and last[-1] == "--resume"
+    resumed = cli(*last[1:-1], "--iters", step + 1, "--resume")
+    assert resumed.status == 1 and "iters" in resumed.err  # the schedule of the run is another one then
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), interruptible() as asked:
+        assert not asked()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked()
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_train_config_file_and_command_line(cli: Cli, world: World, tmp_path: Path) -> None:
