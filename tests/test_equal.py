@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,12 @@ from mlx_llama3v.text.prompt import Message
 from mlx_llama3v.train import loss as loss_module
 from mlx_llama3v.train.optim import adamw
 from mlx_llama3v.train.step import Step, add
+from tests.ranks import LAUNCH, launch
 from tests.test_loss import assert_same, found, numbers, prepared, rows_of
 from tests.test_reference import rows_of as reference_rows
 from tests.tiny_model import tiny_tokens
 from tests.tiny_run import chats, make_store, run, settings, short_run
 
-ROOT = Path(__file__).resolve().parents[1]
-LAUNCH = Path(sys.executable).with_name("mlx.launch")
 STAGES = [("pretrain", {}), ("sft", {}), ("sft", {"tune": "full"}), ("sft", {"tune_projector": True})]
 
 
@@ -159,11 +157,8 @@ def test_one_rank_is_two_ranks(store: Store, tmp_path: Path) -> None:
     """Real processes: every rank reads its part of a batch; also the last one, which is too small for both."""
     one, two = tmp_path / "one", tmp_path / "two"
     code = "import tests.without_torch, runpy; runpy.run_module('tests.tiny_run', run_name='__main__')"
-    command = [str(LAUNCH), "-n", "2", "--backend", "ring", "--starting-port", "32955", "--", sys.executable, "-c"]
-    done = subprocess.run(
-        [*command, code, str(two), str(store.path)], capture_output=True, text=True, timeout=120, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = launch(sys.executable, "-c", code, str(two), str(store.path))
+    assert done.returncode == 0 and (two / "sft" / "metrics.jsonl").exists(), done.stdout + done.stderr
     for stage, name in (("pretrain", "projector.safetensors"), ("sft", "adapters.safetensors")):
         short_run(stage, store, one / stage)
         mine, theirs = load_file(one / stage / name), load_file(two / stage / name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,15 +17,10 @@ from mlx_llama3v.errors import StoreError
 from mlx_llama3v.stages import embed_data
 from mlx_llama3v.weights import TINY
 from mlx_llama3v.weights.convert import convert
+from tests.ranks import LAUNCH, launch
 from tests.test_store import FINGERPRINT, contents, expected, fill, sha
 
-LAUNCH = Path(sys.executable).with_name("mlx.launch")
 CLI = Path(sys.executable).with_name("llama3v-mlx")
-
-
-def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [str(LAUNCH), "-n", "2", "--backend", "ring", "--starting-port", "32923", "--", str(CLI), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.skipif(not LAUNCH.exists() or not CLI.exists(), reason="not installed")
@@ -41,7 +35,7 @@ def test_two_ranks_fill_one_store(tmp_path: Path) -> None:
     model = convert(TINY / "siglip", TINY / "llama", tmp_path / "model").path
     embed_data(model, data.captions, tmp_path / "one", image_folder=data.images, codec="float16")
     done = launch(
-        *("embed", "--model", str(model), "--data", str(data.captions), "--image-folder", str(data.images)),
+        *(str(CLI), "embed", "--model", str(model), "--data", str(data.captions), "--image-folder", str(data.images)),
         *("--output", str(tmp_path / "two"), "--codec", "float16"),
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -28,6 +28,7 @@ FINGERPRINT: dict[str, Any] = {
     "image": {"image_mean": (0.5, 0.5, 0.5)},
 }
 WIDTH = 8
+COUNT = 40  # pictures of the larger stores
 
 
 def sha(seed: int) -> str:

@@ -17,7 +17,7 @@ import pytest
 from mlx_llama3v.embeddings import shard
 from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.errors import StoreError
-from tests.test_store import FINGERPRINT, contents, expected, files, fill, picture, sha
+from tests.test_store import COUNT, FINGERPRINT, contents, expected, files, fill, picture, sha
 
 
 def full_disk(*_: object) -> None:
@@ -109,7 +109,6 @@ with t.StoreWriter(path, t.FINGERPRINT, shard_bytes=600) as writer:
         if not writer.has(f"{seed}.jpg"):
             writer.add(f"{seed}.jpg", t.sha(seed), t.picture(seed))
 """
-COUNT = 40
 
 
 def child(path: Path, call: str = "", at: int = -1, pause: float = 0.0) -> subprocess.Popen[str]:
