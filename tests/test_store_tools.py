@@ -213,7 +213,7 @@ def dying(*args):
     return real(*args)
 os.replace = dying
 if sys.argv[3] == "prune":
-    tools.prune(path / "a", {f"{n}.jpg" for n in range(0, COUNT, 3)})
+    tools.prune(path / "a", {f"{n}.jpg" for n in range(0, 40, 3)})
 else:
     tools.merge([path / "a", path / "b"], path / "c")
 """
