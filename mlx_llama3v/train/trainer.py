@@ -160,6 +160,7 @@ class _Run:
         self.optimizer.init(self.model.trainable_parameters())
         mx.eval(self.model.parameters(), self.optimizer.state)
         done = self._restore(checkpoint) if checkpoint else 0
+        mx.eval(all_sum([mx.array(0.0)], self.group))  # nothing is written before every rank has looked
         if self.first:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / "config.json", json.dumps(self._describe(notes), indent=2) + "\n")
