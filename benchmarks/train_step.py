@@ -149,11 +149,12 @@ def ours(args: argparse.Namespace, work: Path, how: str) -> tuple[Step, float]:
     model = Llama3V(ModelConfig(tower, llama_config(llama(args.hidden, args.layers)), projector))
     model.language_model.load_weights(list(part(weights, "llm").items()))
     model.projector.body.load_weights(list(part(weights, "projector").items()))
+    as_they_are = ImageConfig(rescale_factor=1.0, image_mean=(0.0,) * 3, image_std=(1.0,) * 3)
     encoder = None
     if how == "ours encoding" or not (work / "store").exists():
         body = VisionTower(tower)
         body.load_weights(list(tower_weights(part(weights, "vision")).items()), strict=True)
-        encoder = Encoder(body, tower, ImageConfig(), TilingConfig("squash"))
+        encoder = Encoder(body, tower, as_they_are, TilingConfig("squash"))
     ids, supervised, pixels = rows(tower)
     layout = SliceLayout((tower.grid, tower.grid))
 

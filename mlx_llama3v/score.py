@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_llama3v.checkpoint import Siglip
 from mlx_llama3v.config import TilingConfig
-from mlx_llama3v.vision.encode import patchify
+from mlx_llama3v.vision.encode import normalised, patchify
 from mlx_llama3v.vision.image import cut, open_image
 from mlx_llama3v.vision.siglip import position_table
 from mlx_llama3v.vision.tiling import plan
@@ -29,6 +29,7 @@ def probabilities(siglip: Siglip, images: Sequence[str | Path | bytes], texts: S
         picture = open_image(source, siglip.image.max_pixels)
         square = plan(*picture.size, siglip.vision, TilingConfig(mode="squash"))
         pixels = cut(picture, square, siglip.image)[0]
-        pooled = tower.pooled(mx.array(patchify(pixels, siglip.vision.patch_size))[None], positions)
+        patches = normalised(mx.array(patchify(pixels, siglip.vision.patch_size)), siglip.image)
+        pooled = tower.pooled(patches[None], positions)
         rows.append(np.array(mx.sigmoid(siglip.model.logits(pooled, text_embeds)).astype(mx.float32))[0])
     return np.stack(rows)

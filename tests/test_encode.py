@@ -17,7 +17,7 @@ from PIL import Image
 
 from mlx_llama3v.config import ImageConfig, TilingConfig, VisionConfig
 from mlx_llama3v.errors import ImageError
-from mlx_llama3v.vision.encode import Encoder, bucket, patchify
+from mlx_llama3v.vision.encode import Encoder, bucket, normalised, patchify
 from mlx_llama3v.vision.siglip import VisionTower, position_table, tower_weights
 from mlx_llama3v.vision.tiling import plan
 from tests.hf_siglip import make_siglip
@@ -66,7 +66,7 @@ def test_prepare_follows_the_layout(encoder: Encoder) -> None:
         layout, patches = encoder.prepare(picture(*size))
         assert layout == plan(*size, VISION, TilingConfig()).layout
         assert [p.shape for p in patches] == [(h * w, 8 * 8 * 3) for h, w in layout.grids]
-        assert all(p.dtype == np.float32 for p in patches)
+        assert all(p.dtype == np.uint8 for p in patches)
 
 
 def test_prepare_in_threads_is_the_same(encoder: Encoder) -> None:
@@ -87,7 +87,9 @@ def test_batches_of_mixed_pictures_equal_one_by_one(encoder: Encoder, batch_size
     total = sum(len(patches) for _, patches in slices)
     assert total <= encoder.rows <= total / 0.9
     for (grid, patches), embedding in zip(slices, found, strict=True):
-        alone = encoder.tower(mx.array(patches)[None], position_table(encoder.tower, grid)[None])[0]
+        alone = encoder.tower(
+            normalised(mx.array(patches), encoder.image)[None], position_table(encoder.tower, grid)[None]
+        )[0]
         assert embedding.dtype == np.float32 and embedding.shape == (grid[0] * grid[1], 32)
         assert np.abs(embedding - np.array(alone)).max() < 1e-4
 

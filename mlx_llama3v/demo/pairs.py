@@ -23,7 +23,7 @@ from mlx_llama3v.demo import scenes
 from mlx_llama3v.demo.draw import Box, letter_boxes, render, sign_box, thing_box
 from mlx_llama3v.demo.draw import layout as placing
 from mlx_llama3v.demo.scenes import SIDE, Scene
-from mlx_llama3v.vision.image import cut
+from mlx_llama3v.vision.image import cut, normalisation
 from mlx_llama3v.vision.tiling import Plan, plan
 
 PATCH = 8
@@ -134,7 +134,9 @@ def _tile(scene: Scene, split: Plan, rng: Random) -> Seen:
 def _seen(pixels: np.ndarray, facts: frozenset[str], families: frozenset[str], parts: Iterable[Part]) -> Seen:
     grid = (pixels.shape[0] // PATCH, pixels.shape[1] // PATCH)
     whole = View(np.ones(grid[0] * grid[1], bool), facts, families)
-    return Seen(pixels, [whole, *(View(_patches(box, grid), *rest) for box, *rest in parts)])
+    factor, shift = normalisation(ImageConfig(), pixels.shape[1])
+    normal = (pixels.reshape(len(pixels), -1) * factor - shift).reshape(pixels.shape)
+    return Seen(normal, [whole, *(View(_patches(box, grid), *rest) for box, *rest in parts)])
 
 
 def _scaled(parts: Iterable[Part], scale: tuple[float, float], corner: tuple[int, int]) -> list[Part]:

@@ -20,12 +20,12 @@ from mlx.utils import tree_flatten
 
 from mlx_llama3v.config import Encoded, Grid, ImageConfig, SliceLayout, TilingConfig, VisionConfig
 from mlx_llama3v.lanes import default_lanes, lanes
-from mlx_llama3v.vision.image import Source, cut, open_image
+from mlx_llama3v.vision.image import Source, cut, normalisation, open_image
 from mlx_llama3v.vision.pool import pool_picture
 from mlx_llama3v.vision.siglip import VisionTower, position_table
 from mlx_llama3v.vision.tiling import Plan, Size, plan
 
-Slice = tuple[Grid, np.ndarray]  # patch grid (rows, columns) and patches [rows*columns, p*p*3]
+Slice = tuple[Grid, np.ndarray]  # patch grid (rows, columns) and patches [rows*columns, p*p*3], values 0..255
 
 _PADDING = 0.1  # of the rows of a batch, at most
 
@@ -38,6 +38,15 @@ def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
     h, w, channels = pixels.shape[0] // patch, pixels.shape[1] // patch, pixels.shape[2]
     whole = pixels[: h * patch, : w * patch].reshape(h, patch, w, patch, channels)
     return whole.transpose(0, 2, 1, 3, 4).reshape(h * w, patch * patch * channels)
+
+
+def normalised(patches: mx.array, image: ImageConfig) -> mx.array:
+    """Patches [..., n*3] of values 0..255 -> float32, as the checkpoint's processor says (image.normalisation).
+
+    On the device: that gets a quarter of the bytes, and the threads that prepare pictures are spared the work.
+    """
+    factor, shift = normalisation(image, patches.shape[-1] // 3)
+    return patches.astype(mx.float32) * mx.array(factor) - mx.array(shift)
 
 
 def bucket(lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -75,7 +84,7 @@ class Encoder:
         self.rows = 0
 
     def prepare(self, source: Source) -> tuple[SliceLayout, list[np.ndarray]]:
-        """Open, split and cut a picture: its layout and the patches [P_i, p*p*3] of each slice, in
+        """Open, split and cut a picture: its layout and the patches [P_i, p*p*3] of each slice, uint8, in
         `layout.grids` order. Touches no MLX array: safe in threads. Raises ImageError."""
         plans: list[Plan] = []
 
@@ -127,12 +136,25 @@ class Encoder:
         longest = max(lengths)
         tables = {grid: position_table(self.tower, grid) for grid, _ in batch}
         margins = [[(0, longest - length), (0, 0)] for length in lengths]
-        patches = np.stack([np.pad(rows, m) for (_, rows), m in zip(batch, margins, strict=True)])
         positions = mx.stack([mx.pad(tables[g], m) for (g, _), m in zip(batch, margins, strict=True)])
         mask = None
         if min(lengths) < longest:
             mask = mx.arange(longest)[None] < mx.array(lengths)[:, None]
-        return self.tower(mx.array(patches), positions, mask, self.layer).astype(mx.float32)
+        return self.tower(self._patches(batch), positions, mask, self.layer).astype(mx.float32)
+
+    def _patches(self, batch: Sequence[Slice]) -> mx.array:
+        """Normalised float32 [S, P, p*p*3], padded to the longest; zeros in every row beyond a slice's grid."""
+        lengths = [h * w for (h, w), _ in batch]
+        longest = max(len(rows) for _, rows in batch)
+        values = np.zeros(
+            (len(batch), longest, batch[0][1].shape[1]), np.result_type(*{rows.dtype for _, rows in batch})
+        )
+        for into, (_, rows) in zip(values, batch, strict=True):
+            into[: len(rows)] = rows
+        patches = normalised(mx.array(values), self.image)
+        if min(lengths) == longest:
+            return patches
+        return mx.where(mx.arange(longest)[None, :, None] < mx.array(lengths)[:, None, None], patches, 0)
 
     def embed(self, source: Source, batch_size: int = 8) -> Encoded:
         """One picture's embeddings, fresh and pooled: float32 [layout.patches, D]. Raises ImageError."""

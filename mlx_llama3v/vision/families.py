@@ -73,12 +73,12 @@ class ScalesEncoder(PaddingEncoder):
     """S2: [P, 3 * D] a slice, from 1 + 4 + 9 native tiles of one square picture."""
 
     def prepare(self, source: Source) -> tuple[SliceLayout, list[np.ndarray]]:
-        """One slice of the native grid, whose patches are those of all tiles, scale after scale."""
+        """One slice of the native grid, whose patches are those of all tiles, scale after scale: float32."""
         picture = self.opened(source)
         side = self.vision.image_size
         slices = plan(*picture.size, self.vision, self.tiling)
         largest = replace(slices, overview_px=(SCALES[-1] * side,) * 2)
-        pixels = cut(picture, largest, self.image)[0]
+        pixels = cut(picture, largest, self.image)[0].astype(np.float32)
         tiles = []
         for scale in SCALES:
             scaled = _resized(pixels, scale * side)
@@ -138,13 +138,12 @@ class StripEncoder(PaddingEncoder):
         return [members[at : at + size] for members in groups.values() for at in range(0, len(members), size)]
 
     def _forward(self, batch: Sequence[Slice]) -> mx.array:
-        """See Encoder; nothing is padded here."""
+        """See Encoder; here padding beyond the grid is read, as zeros."""
         grid, first = batch[0]
-        patches = mx.array(np.stack([rows for _, rows in batch]))
         positions = self._positions((1, len(first)) if self.flat else grid)
         run = self.tower.last_hidden_state if self.norm else self.tower
         positions = mx.broadcast_to(positions, (len(batch), *positions.shape))
-        return run(patches, positions, layer=self.layer).astype(mx.float32)
+        return run(self._patches(batch), positions, layer=self.layer).astype(mx.float32)
 
     def _positions(self, grid: Grid) -> mx.array:
         """Rows of the tower's table for a slice of `grid`, [h*w, D]."""

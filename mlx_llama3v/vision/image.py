@@ -1,4 +1,4 @@
-"""Pictures from files: to upright 8-bit RGB, and cut into normalised slices.
+"""Pictures from files: to upright 8-bit RGB, and cut into slices.
 
 Training folders hold everything: phone photos with an EXIF rotation, transparent PNGs, 16-bit scans, CMYK,
 files that end in the middle. Every one of them either becomes the RGB picture a person would see on a white
@@ -65,31 +65,29 @@ def open_image(source: Source, max_pixels: int, need: Callable[[Size], Size] | N
 def cut(image: Image.Image, plan: Plan, config: ImageConfig, *, quick_overview: bool = False) -> list[np.ndarray]:
     """The slices of an RGB picture, overview first, then tiles in reading order.
 
-    Each is float32 [height, width, 3], normalised as the checkpoint's processor says; the overview of a
-    squash plan equals Hugging Face's SigLIP processor. With `quick_overview` the one beside tiles is made from means
-    over blocks of at least half its pixels: up to three grey levels away on average, ten times as fast.
+    Each is uint8 [height, width, 3]; normalised, the overview of a squash plan equals Hugging Face's SigLIP
+    processor. With `quick_overview` the one beside tiles is made from means over blocks of at least half its pixels:
+    up to three grey levels away on average, ten times as fast.
     """
     resample = Image.Resampling(config.resample)
     (w, h), rows, cols = plan.tile_px, plan.layout.rows, plan.layout.cols
     if not rows * cols:
-        return [_normalised(image.resize(plan.overview_px, resample), config)]
+        return [np.asarray(image.resize(plan.overview_px, resample))]
     overview = image.resize(plan.overview_px, resample, reducing_gap=2.0 if quick_overview else None)
-    whole = _normalised(image.resize((cols * w, rows * h), resample), config)
+    whole = np.asarray(image.resize((cols * w, rows * h), resample))
     corners = [(row * h, col * w) for row in range(rows) for col in range(cols)]
-    return [_normalised(overview, config), *(whole[y : y + h, x : x + w] for y, x in corners)]
+    return [np.asarray(overview), *(whole[y : y + h, x : x + w] for y, x in corners)]
 
 
-def _normalised(image: Image.Image, config: ImageConfig) -> np.ndarray:
-    """float32 [height, width, 3]: scaled, minus mean, over deviation of the channel.
+def normalisation(config: ImageConfig, pixels: int) -> tuple[np.ndarray, np.ndarray]:
+    """(factor, shift), each float32 [pixels * 3]: `values * factor - shift` is what the checkpoint's processor makes
+    of the values 0..255 of that many pixels in a row: scaled, minus mean, over deviation of the channel.
 
-    Whole rows at a time: NumPy takes ten times as long for arrays whose last axis is 3.
+    In rows of many pixels: array libraries take ten times as long where the last axis is 3.
     """
     mean, std = np.array(config.image_mean), np.array(config.image_std)
-    pixels = np.array(image, np.float32)
-    rows = pixels.reshape(len(pixels), -1)
-    rows *= np.tile(config.rescale_factor / std, image.width).astype(np.float32)
-    rows -= np.tile(mean / std, image.width).astype(np.float32)
-    return pixels
+    factor, shift = (np.tile(values, pixels) for values in (config.rescale_factor / std, mean / std))
+    return factor.astype(np.float32), shift.astype(np.float32)
 
 
 def _turned(image: Image.Image, size: Size) -> Size:
