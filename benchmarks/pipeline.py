@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -55,14 +56,21 @@ class Device(Encoder):
     seconds, width = 0.0, 8
 
     def encode(self, slices: Sequence[tuple[Grid, np.ndarray]], batch_size: int = 8) -> list[np.ndarray]:
-        """Noise of the right shapes."""
-        time.sleep(self.seconds * len(slices))
+        """Ones of the right shapes."""
+        if self.seconds:
+            time.sleep(self.seconds * len(slices))
         self.rows += sum(len(patches) for _, patches in slices)
-        return [np.ones((len(patches), self.width), np.float32) for _, patches in slices]
+        return [_ones(len(patches), self.width) for _, patches in slices]
 
     def fingerprint(self) -> dict[str, object]:
         """Of nothing."""
         return {"benchmark": "pipeline"}
+
+
+@lru_cache
+def _ones(rows: int, width: int) -> np.ndarray:
+    """Made once: an encoder that is not there must cost nothing."""
+    return np.ones((rows, width), np.float32)
 
 
 def draw(width: int, height: int, seed: int) -> bytes:

@@ -281,7 +281,8 @@ def _use_stored_tokens(model: Llama3V, store: Reader, stage: str) -> None:
 def _check_store(store: Reader, path: Path, config: ModelConfig, model: Path) -> None:
     """Refuse embeddings of another tower, layer or pixel preprocessing, without loading the tower.
 
-    The tower's weights are not compared: that would mean to read and hash them, which `embed` did.
+    The tower's weights are not compared: that would mean to read and hash them, which `embed` did. Nor is the version
+    of image processing: what an older one stored is within a few grey levels of what chat will see.
     """
     if len(store) == 0:
         raise StoreError(f"{path} is an empty store; run `llama3v-mlx embed` first.")

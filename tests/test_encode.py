@@ -166,7 +166,7 @@ def test_half_precision_tower_gives_float32(encoder: Encoder) -> None:
     assert 0 < np.abs(found - want).max() < 0.1 * np.abs(want).max()
 
 
-def test_fingerprint_names_everything_that_matters(encoder: Encoder) -> None:
+def test_fingerprint_names_everything_that_matters(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     base = encoder.fingerprint()
     assert json.loads(json.dumps(base)) == base
     tower = encoder.tower
@@ -180,6 +180,9 @@ def test_fingerprint_names_everything_that_matters(encoder: Encoder) -> None:
     ]
     assert all(other.fingerprint() != base for other in others)
     assert Encoder(tower, VISION, ImageConfig(), TilingConfig(), -1).fingerprint() == base
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_llama3v.vision.encode.PROCESSING", 1)
+        assert Encoder(tower, VISION, ImageConfig(), TilingConfig(), -1).fingerprint() != base
     bent = VisionTower(VISION)
     bent.update(tower.parameters())
     bias = bent.encoder.layers[1].mlp.fc1.bias

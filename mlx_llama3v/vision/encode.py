@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from mlx_llama3v.config import Encoded, Grid, ImageConfig, SliceLayout, TilingConfig, VisionConfig
 from mlx_llama3v.lanes import default_lanes, lanes
-from mlx_llama3v.vision.image import Source, cut, normalisation, open_image
+from mlx_llama3v.vision.image import PROCESSING, Source, cut, normalisation, open_image
 from mlx_llama3v.vision.pool import pool_picture
 from mlx_llama3v.vision.siglip import VisionTower, position_table
 from mlx_llama3v.vision.tiling import Plan, Size, plan
@@ -94,7 +94,7 @@ class Encoder:
 
         picture = open_image(source, self.image.max_pixels, need)
         slices = plans[0]
-        pixels = cut(picture, slices, self.image, quick_overview=True)
+        pixels = cut(picture, slices, self.image, quick=True)
         return slices.layout, [patchify(piece, self.vision.patch_size) for piece in pixels]
 
     def encode(self, slices: Sequence[Slice], batch_size: int = 8) -> list[np.ndarray]:
@@ -167,6 +167,7 @@ class Encoder:
         return {
             "weights": self._weights_sha256,
             "layer": self.layer,
+            "processing": PROCESSING,
             "vision": asdict(self.vision),
             "image": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self.image).items()},
             "tiling": asdict(self.tiling),
