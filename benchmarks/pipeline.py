@@ -32,7 +32,7 @@ from PIL import Image
 from mlx_llama3v.config import Grid, ImageConfig, TilingConfig, VisionConfig
 from mlx_llama3v.embeddings.embed import EmbedSummary, embed_images
 from mlx_llama3v.embeddings.writer import StoreWriter
-from mlx_llama3v.platform import machine, peak_memory
+from mlx_llama3v.platform import default_dtype, machine, peak_memory
 from mlx_llama3v.vision.encode import Encoder
 from mlx_llama3v.vision.siglip import VisionTower
 from mlx_llama3v.vision.tiling import plan
@@ -203,6 +203,7 @@ def main() -> None:
     vision = TOWERS[args.tower]
     parts = (vision, ImageConfig(), TilingConfig(max_slices=args.max_slices))
     tower = VisionTower(vision)
+    tower.set_dtype(default_dtype())
     device = Device(tower, *parts)
     results: dict[str, object] = {"machine": machine(), "arguments": {k: str(v) for k, v in vars(args).items()}}
     print(json.dumps(results))

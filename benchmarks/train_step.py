@@ -4,9 +4,10 @@
 
 The same random weights (Llama with `--hidden` 512, 8 layers, vocabulary 128256; LLaVA-1.5's two-layer projector; a
 SigLIP tower at 224 px) and the same rows (the tower's patches and 64 text tokens, half of them answers, batch 4),
-float32, LoRA of rank 16 on all linear layers, AdamW. Each peer runs in a process of its own; the median of `--rounds`
-steps after one that warms up is taken. Memory is what MLX reports at its peak (for PyTorch: what the process held at
-its peak beyond what it held when everything was imported), and the same without the weights.
+LoRA of rank 16 on all linear layers, AdamW. float32 on a CPU; on a GPU frozen weights are bfloat16. Each peer runs in
+a process of its own; the median of `--rounds` steps after one that warms up is taken. Memory is what MLX reports at
+its peak (for PyTorch: what it allocated on the GPU; on a CPU what the process held at its peak beyond what it held
+when everything was imported), and the same without the weights.
 
 mlx-vlm's own LLaVA model, loss and step (`mlx_vlm.trainer`) are taken. It cannot run this batch: it hands the padding
 mask [B, L] to the attention, which fails for more than one row, and is not causal for one. So there are two: "mlx-vlm"
@@ -133,6 +134,7 @@ def ours(args: argparse.Namespace, work: Path, how: str) -> tuple[Step, float]:
     from mlx_llama3v.embeddings.writer import StoreWriter
     from mlx_llama3v.lanes import lanes
     from mlx_llama3v.model import Llama3V
+    from mlx_llama3v.platform import default_dtype
     from mlx_llama3v.tensors import parameters
     from mlx_llama3v.text.prompt import FIRST_VISUAL, Rendered
     from mlx_llama3v.train.config import TrainConfig
@@ -148,12 +150,14 @@ def ours(args: argparse.Namespace, work: Path, how: str) -> tuple[Step, float]:
     projector = ProjectorConfig("mlp", tower.hidden_size, args.hidden)
     model = Llama3V(ModelConfig(tower, llama_config(llama(args.hidden, args.layers)), projector))
     model.language_model.load_weights(list(part(weights, "llm").items()))
+    model.language_model.set_dtype(default_dtype())
     model.projector.body.load_weights(list(part(weights, "projector").items()))
     as_they_are = ImageConfig(rescale_factor=1.0, image_mean=(0.0,) * 3, image_std=(1.0,) * 3)
     encoder = None
     if how == "ours encoding" or not (work / "store").exists():
         body = VisionTower(tower)
         body.load_weights(list(tower_weights(part(weights, "vision")).items()), strict=True)
+        body.set_dtype(default_dtype())
         encoder = Encoder(body, tower, as_they_are, TilingConfig("squash"))
     ids, supervised, pixels = rows(tower)
     layout = SliceLayout((tower.grid, tower.grid))
@@ -179,7 +183,7 @@ def ours(args: argparse.Namespace, work: Path, how: str) -> tuple[Step, float]:
     size = sum(value.nbytes for value in parameters(model).values())
     if encoder is not None:
         size += sum(value.nbytes for value in parameters(encoder.tower).values())
-    step = TrainStep(model, optimizer, 1.0, compiled=False)
+    step = TrainStep(model, optimizer, 1.0, bool(config.compile))
     mx.eval(model.state, optimizer.state)  # lanes take no work of another thread over
 
     def full(batch: Batch) -> Any:
@@ -228,6 +232,8 @@ def mlx_vlm(args: argparse.Namespace, work: Path, parts: int = 1) -> tuple[Step,
     from mlx_vlm.trainer.common.utils import apply_gradient_step
     from mlx_vlm.trainer.vlm.sft.runtime import vlm_sft_loss
 
+    from mlx_llama3v.platform import default_dtype
+
     tower = TOWERS[args.tower]
     weights: Any = mx.load(str(work / "weights.safetensors"))
     vision = llava.VisionConfig(
@@ -265,6 +271,7 @@ def mlx_vlm(args: argparse.Namespace, work: Path, parts: int = 1) -> tuple[Step,
     }
     loaded |= model.vision_tower.sanitize(names)
     model.load_weights(list(loaded.items()), strict=False)
+    model.set_dtype(default_dtype())
     model.freeze()
     keys = {"rank": RANK, "scale": SCALE, "dropout": 0.0}
     linear_to_lora_layers(model.language_model, args.layers, keys)
@@ -276,7 +283,7 @@ def mlx_vlm(args: argparse.Namespace, work: Path, parts: int = 1) -> tuple[Step,
         "input_ids": mx.array(ids),
         "attention_mask": mx.ones(ids.shape, mx.int32),
         "completion_mask": mx.array(supervised.astype(np.int32)),
-        "pixel_values": mx.array(pixels.transpose(0, 3, 1, 2)),
+        "pixel_values": mx.array(pixels.transpose(0, 3, 1, 2)).astype(default_dtype()),
     }
     batches = [{name: value[n::parts] for name, value in batch.items()} for n in range(parts)]
     gradient = nn.value_and_grad(model, lambda model, batch: vlm_sft_loss(model, batch, train_on_completions=True))
@@ -303,20 +310,25 @@ def transformers(args: argparse.Namespace, work: Path) -> tuple[Step, float]:
     from safetensors.torch import load_file
     from transformers import LlamaForCausalLM, SiglipVisionModel
 
+    gpu = torch.cuda.is_available()
+    device, dtype = torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32
     tower_config = TOWERS[args.tower]
-    weights = load_file(work / "weights.safetensors")
-    decoder = LlamaForCausalLM(hf_llama(args.hidden, args.layers))
+    weights = {name: value.to(dtype) for name, value in load_file(work / "weights.safetensors").items()}
+    decoder = LlamaForCausalLM(hf_llama(args.hidden, args.layers)).to(dtype)
     decoder.load_state_dict(part(weights, "llm"))
-    tower = SiglipVisionModel(hf_siglip(tower_config)).eval()
+    tower = SiglipVisionModel(hf_siglip(tower_config)).to(dtype).eval()
     tower.load_state_dict(part(weights, "vision"))
-    projector = part(weights, "projector")
+    tower.to(device)
+    projector = {name: value.to(device) for name, value in part(weights, "projector").items()}
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = get_peft_model(decoder, LoraConfig(r=RANK, lora_alpha=RANK * SCALE, target_modules=targets))
+    lora = LoraConfig(r=RANK, lora_alpha=RANK * SCALE, target_modules=targets)
+    model = get_peft_model(decoder, lora).to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
     size = sum(value.numel() * value.element_size() for value in weights.values())
     ids_, supervised, pixels_ = rows(tower_config)
-    ids, pixels = torch.from_numpy(ids_).long(), torch.from_numpy(pixels_.transpose(0, 3, 1, 2).copy())
-    labels = torch.where(torch.from_numpy(supervised), ids, -100)
+    ids = torch.from_numpy(ids_).long()
+    labels = torch.where(torch.from_numpy(supervised), ids, -100).to(device)
+    ids, pixels = ids.to(device), torch.from_numpy(pixels_.transpose(0, 3, 1, 2).copy()).to(device, dtype)
     functional = torch.nn.functional
 
     def run() -> float:
@@ -361,6 +373,8 @@ def child(args: argparse.Namespace, work: Path) -> None:
     losses, times = [run()], []
     if args.child != "transformers":
         mx.reset_peak_memory()
+    elif torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(args.rounds):
         start = time.perf_counter()
         losses.append(run())
@@ -368,7 +382,9 @@ def child(args: argparse.Namespace, work: Path) -> None:
     if args.child == "transformers":
         from mlx_llama3v.platform import peak_memory
 
-        threads, peak = torch.get_num_threads(), peak_memory() - before
+        gpu = torch.cuda.is_available()
+        peak = torch.cuda.max_memory_allocated() if gpu else peak_memory() - before
+        threads = torch.get_num_threads()
     else:
         threads, peak = 0, mx.get_peak_memory()
     report = {"seconds": statistics.median(times), "peak": peak, "weights": size, "losses": losses, "threads": threads}
@@ -419,7 +435,7 @@ def show(peer: str, results: dict[str, Any]) -> None:
     above = found["peak"] - found["weights"]
     base = results.get("ours", found)
     print(
-        f"{peer:14} {found['seconds']:6.2f} s a step ({found['seconds'] / base['seconds']:4.2f}x ours), "
+        f"{peer:14} {1000 * found['seconds']:8.1f} ms a step ({found['seconds'] / base['seconds']:4.2f}x ours), "
         f"peak {found['peak'] / 1e9:5.2f} GB, above the weights {above / 1e9:5.2f} GB "
         f"(ours {(base['peak'] - base['weights']) / max(1, above):4.2f}x of it), loss {found['losses'][0]:.4f}",
         flush=True,
