@@ -13,7 +13,7 @@ from mlx_llama3v.config import TilingConfig
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.weights.convert import ConvertReport, Plan, plan
 from mlx_llama3v.weights.convert import convert as convert_checkpoints
-from mlx_llama3v.weights.quantize import RECIPES, QuantConfig
+from mlx_llama3v.weights.quantize import BITS, RECIPES, QuantConfig, listed
 from mlx_llama3v.weights.vlm import convert_vlm, plan_vlm
 
 
@@ -43,7 +43,7 @@ def convert(
         ),
     ] = "attention",
     quantize: Annotated[bool, typer.Option("-q", "--quantize", help="Quantize the decoder.")] = False,
-    q_bits: Annotated[int, typer.Option("--q-bits", help="Bits per weight.")] = 4,
+    q_bits: Annotated[int, typer.Option("--q-bits", help=f"Bits per weight: {listed(BITS)}.")] = 4,
     q_group_size: Annotated[
         int | None,
         typer.Option("--q-group-size", help="Weights that share a scale; default 64, mxfp4: 32.", show_default=False),

@@ -120,9 +120,10 @@ def load_model(directory: str | Path, dtype: str | mx.Dtype | None = None) -> Ll
     """Projector and decoder, ready to compute.
 
     `dtype` is the decoder's; by default the stored one, but float32 on CPU, where 16-bit products are two
-    orders of magnitude slower. The projector stays float32.
+    orders of magnitude slower. The projector becomes float32, however it is stored: it may be trained on.
     """
     model = read_model(directory)
+    model.projector.set_dtype(mx.float32)
     _cast(model.language_model, dtype)
     mx.eval(model.parameters())
     return model

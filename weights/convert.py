@@ -16,7 +16,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_llama3v.checkpoint import parse_dtype, resolve, save_model
+from mlx_llama3v.checkpoint import resolve, save_model
 from mlx_llama3v.config import ModelConfig, ProjectorConfig, TilingConfig
 from mlx_llama3v.directory import check_output, leftovers
 from mlx_llama3v.errors import CheckpointError
@@ -33,8 +33,9 @@ from mlx_llama3v.weights.licences import licence_of
 from mlx_llama3v.weights.llama import LlamaSource, read_llama
 from mlx_llama3v.weights.probe import Probe, probe
 from mlx_llama3v.weights.projector_file import ProjectorFile, is_file_like, read_projector
-from mlx_llama3v.weights.quantize import LayerReport, QuantConfig, measure, quantize_model, quantize_tower
+from mlx_llama3v.weights.quantize import LayerReport, QuantConfig, measure
 from mlx_llama3v.weights.siglip import SiglipSource, read_siglip
+from mlx_llama3v.weights.storage import stored
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,10 @@ def convert(
     `projector` is the kind of a fresh one, or a file (directory, Hub id) with a trained one of LLaVA's kinds: the model
     is then run as llama-3-vision-alpha is (last but one hidden state, one square, its prompt or `prompt_layout`).
     `pool` is the projector's pooling factor (default 3, or 2 for towers of fewer than 12 patches a side);
-    `dtype` that of tower and decoder (default: as stored), the projector is float32; `seed` makes the
-    projector (it seeds MLX's global generator); `progress(done, total)` counts bytes. Raises CheckpointError,
-    and before anything is written names every tensor that is missing, unexpected or of the wrong shape.
+    `dtype` is that of all parts but a fresh projector, which is float32 because training goes on from it (see
+    `stored`; default: as the checkpoints have it); `seed` makes that projector (it seeds MLX's global generator);
+    `progress(done, total)` counts bytes. Raises CheckpointError, and before anything is written names every tensor
+    that is missing, unexpected or of the wrong shape.
     """
     target = check_output(mlx_path)
     parts = _open(vision, llm, projector, pool, tiling, quantize, prompt_layout, offline)
@@ -248,7 +250,8 @@ def _model(parts: _Parts) -> Llama3V:
     if llama.quantization:
         quantize_layers(model, llama.quantization, only=llama_files.PREFIX, stored=llama.weights)
     if parts.given:
-        model.projector.markers = mx.zeros_like(model.projector.markers)  # its layout has none
+        dtype = next(iter(parts.given.weights.values())).dtype
+        model.projector.markers = mx.zeros(model.projector.markers.shape, dtype)  # its layout has none
     return model
 
 
@@ -281,25 +284,14 @@ def _finish(
 
     The sources are emptied, so that a tensor's memory is free once it is written.
     """
-    config, siglip, llama = parts.config, parts.siglip, parts.llama
+    siglip, llama = parts.siglip, parts.llama
     model.load_weights(list(model.sanitize(llama.weights).items()), strict=False)
     if parts.given:
         model.load_weights(list(parts.given.weights.items()), strict=False)
-    tower = dict(siglip.weights)
-    if dtype is not None:
-        wanted = parse_dtype(dtype)
-        model.language_model.set_dtype(wanted)
-        # logit_scale and logit_bias are two numbers; rounding them would buy nothing.
-        tower = {name: v if name.startswith("logit_") else v.astype(wanted) for name, v in tower.items()}
-    layers: tuple[LayerReport, ...] = ()
-    if quantize and config.quantization:
-        layers = quantize_model(model, config.quantization)
-        if quantize.vision:
-            tower, more = quantize_tower(tower, config.vision_config, config.quantization)
-            layers += more
+    finished = stored(model, siglip.weights, quantize, dtype, trained=parts.given is not None)
     siglip.weights.clear()
     llama.weights.clear()
-    return {**tower, **parameters(model)}, layers
+    return finished
 
 
 def report_of(

@@ -207,7 +207,7 @@ def restore(directory: Path, found: dict[str, mx.array]) -> tuple[ModelConfig, d
         table, at = whole[_EMBEDDING], mx.array(config.marker_ids)
         rows, markers = table[at], whole["projector.markers"]
         if not mx.array_equal(rows, markers.astype(table.dtype)).item():  # trained further elsewhere
-            whole["projector.markers"] = rows.astype(mx.float32)
+            whole["projector.markers"] = rows.astype(markers.dtype)
         whole[_EMBEDDING] = _with_rows(table, at, whole.pop("marker_rows"))
         if config.text_config["tie_word_embeddings"]:
             whole.pop("language_model.lm_head.weight", None)

@@ -26,7 +26,7 @@ _ENDS = {  # end of a name -> place in the projector, by kind
 
 @dataclass(frozen=True)
 class ProjectorFile:
-    """What such a file holds, under the names of a model directory and in float32."""
+    """What such a file holds, under the names of a model directory, in its dtype."""
 
     path: Path
     kind: str  # mlp or linear
@@ -51,7 +51,7 @@ def read_projector(path_or_repo: str | Path, offline: bool = False) -> Projector
                 if found := re.fullmatch(rf"(?:.*\.)?{end}", name):
                     names[name] = _BODY + found.expand(ours)
         if len(names) == 2 * len(ends) == len(set(names.values())):
-            weights = {ours: tensors[name].astype(mx.float32) for name, ours in names.items()}
+            weights = {ours: tensors[name] for name, ours in names.items()}
             return ProjectorFile(path, kind, names, tuple(sorted(tensors.keys() - names.keys())), weights)
     raise CheckpointError(
         f"{path} holds {', '.join(sorted(tensors)[:8]) or 'nothing'}; expected a linear projector or one of two "

@@ -18,12 +18,18 @@ from mlx_llama3v.vision.siglip import VisionTower
 # mlx-lm's mixed recipes: (bits, bits of the layers that suffer most). Those are the values and the way down of the
 # first and the last eighth of the blocks and of every third between, and the head.
 RECIPES = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
+BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what MLX has kernels for
 _DECODER, _TOWER = "language_model.", "vision_tower."
+
+
+def listed(values: tuple[int, ...]) -> str:
+    """(2, 3, 4) -> "2, 3 or 4"."""
+    return f"{', '.join(map(str, values[:-1]))} or {values[-1]}"
 
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How the decoder is quantized, and the tower where `vision`; the projector keeps its precision."""
+    """How the decoder is quantized, and the tower where `vision`; the rest has 16 bit (see `stored`)."""
 
     bits: int = 4
     group_size: int = 64
@@ -43,10 +49,10 @@ class QuantConfig:
             return
         if self.mode != "affine":
             raise CheckpointError(f"quantization mode is {self.mode!r}; expected affine or mxfp4.")
-        if self.bits not in (2, 3, 4, 5, 6, 8) or self.group_size not in (32, 64, 128):
+        if self.bits not in BITS or self.group_size not in GROUPS:
             raise CheckpointError(
                 f"cannot quantize to {self.bits} bits in groups of {self.group_size}; "
-                "expected 2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128."
+                f"MLX has {listed(BITS)} bits in groups of {listed(GROUPS)}."
             )
 
     def setting(self, layers: int) -> dict[str, Any]:

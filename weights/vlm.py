@@ -12,13 +12,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_llama3v.checkpoint import parse_dtype, resolve, save_model
+from mlx_llama3v.checkpoint import resolve, save_model
 from mlx_llama3v.config import ModelConfig, stop_ids
 from mlx_llama3v.directory import LEGAL_FILES, TOKENIZER_FILES, check_output
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.layout import named_layout
 from mlx_llama3v.model import Llama3V
-from mlx_llama3v.tensors import SHARD_BYTES, mismatches, parameters, read_json, refuse
+from mlx_llama3v.tensors import SHARD_BYTES, mismatches, read_json, refuse
 from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.vision import siglip
 from mlx_llama3v.weights import bunny, hf_llava, minicpm, vila, vision_alpha
@@ -39,7 +39,8 @@ from mlx_llama3v.weights.family import Family, Renamed, Source, is_clip, rename
 from mlx_llama3v.weights.licences import licence_of
 from mlx_llama3v.weights.probe import probe
 from mlx_llama3v.weights.projector_file import refuse_projector_only
-from mlx_llama3v.weights.quantize import LayerReport, QuantConfig, quantize_model, quantize_tower
+from mlx_llama3v.weights.quantize import LayerReport, QuantConfig
+from mlx_llama3v.weights.storage import stored
 
 FAMILIES: tuple[Family, ...] = (
     hf_llava.FAMILY,
@@ -198,28 +199,17 @@ def _weights(source: Source, family: Family, config: ModelConfig) -> tuple[Renam
     model = Llama3V(config)
     found = model.sanitize(found)
     if not restored:
-        found.update(family.extra(source, config))
-    found.setdefault(_ZEROS, mx.zeros(model.projector.markers.shape))
+        dtype = next((v.dtype for name, v in found.items() if name.startswith("projector.")), mx.float32)
+        made = {_ZEROS: mx.zeros(model.projector.markers.shape), **family.extra(source, config)}
+        found.update({name: value.astype(dtype) for name, value in made.items()})
     return renamed, found, mismatches(expected(config, model), found)
 
 
 def _finish(
     config: ModelConfig, weights: dict[str, mx.array], quantize: QuantConfig | None, dtype: str | None
 ) -> tuple[dict[str, mx.array], tuple[LayerReport, ...]]:
-    """Cast and quantize, all of it lazily: tower and decoder to `dtype`, the projector to float32."""
-    wanted = parse_dtype(dtype) if dtype else None
-    towers = {name: v for name, v in weights.items() if not name.startswith(("projector.", "language_model."))}
-    tower = {n: v if wanted is None or n.startswith("logit_") else v.astype(wanted) for n, v in towers.items()}
+    """Cast and quantize, all of it lazily (see `stored`)."""
+    tower = {name: v for name, v in weights.items() if not name.startswith(("projector.", "language_model."))}
     model = Llama3V(config)
-    rest = {name: v for name, v in weights.items() if name not in tower}
-    rest = {name: v.astype(mx.float32) if name.startswith("projector.") else v for name, v in rest.items()}
-    model.load_weights(list(rest.items()))
-    if wanted:
-        model.language_model.set_dtype(wanted)
-    layers: tuple[LayerReport, ...] = ()
-    if quantize and config.quantization:
-        layers = quantize_model(model, config.quantization)
-        if quantize.vision:
-            tower, more = quantize_tower(tower, config.vision_config, config.quantization)
-            layers += more
-    return {**tower, **parameters(model)}, layers
+    model.load_weights([(name, v) for name, v in weights.items() if name not in tower])
+    return stored(model, tower, quantize, dtype, trained=True)

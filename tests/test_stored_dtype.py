@@ -1,0 +1,127 @@
+"""In what dtype `convert` stores a projector that others trained: that of the checkpoint or the one asked for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_llama3v.checkpoint import load_model
+from mlx_llama3v.inference import load
+from mlx_llama3v.tensors import read_tensors
+from mlx_llama3v.weights.convert import convert, plan
+from mlx_llama3v.weights.export import export_hf
+from mlx_llama3v.weights.quantize import QuantConfig
+from mlx_llama3v.weights.vlm import convert_vlm, plan_vlm
+from tests.family_parity import prompt_logits
+from tests.hf_edit import copy, edit
+from tests.hf_llama import make_llama
+from tests.hf_llava import make_llava, picture
+from tests.hf_siglip import make_siglip
+
+QUANT = QuantConfig(4, 32)
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA in float32."""
+    return make_llava(tmp_path_factory.mktemp("wide"))
+
+
+@pytest.fixture(scope="module")
+def half(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in bfloat16."""
+    return cast(copy(wide, tmp_path_factory.mktemp("half") / "hf"), mx.bfloat16)
+
+
+def cast(directory: Path, dtype: mx.Dtype) -> Path:
+    return edit(directory, lambda w: w.update({name: value.astype(dtype) for name, value in w.items()}))
+
+
+def dtypes(directory: Path, part: str = "projector.") -> set[mx.Dtype]:
+    return {value.dtype for value in read_tensors(directory, (part,)).values()}
+
+
+def stored_exactly(found: Path, expected: Path) -> bool:
+    ours, theirs = read_tensors(found), read_tensors(expected)
+    same = (v.dtype == theirs[n].dtype and bool(mx.array_equal(v, theirs[n])) for n, v in ours.items())
+    return ours.keys() == theirs.keys() and all(same)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantize", "from_wide", "from_half"),
+    [
+        (None, None, mx.float32, mx.bfloat16),
+        ("float16", None, mx.float16, mx.float16),
+        ("float32", None, mx.float32, mx.float32),
+        (None, QUANT, mx.bfloat16, mx.bfloat16),
+        ("float16", QUANT, mx.float16, mx.float16),
+        ("float32", QUANT, mx.float32, mx.float32),
+    ],
+)
+def test_as_stored_or_as_asked(
+    dtype: str | None,
+    quantize: QuantConfig | None,
+    from_wide: mx.Dtype,
+    from_half: mx.Dtype,
+    wide: Path,
+    half: Path,
+    tmp_path: Path,
+) -> None:
+    """Tower and projector alike, markers included; and the dry run knows the size."""
+    for source, expected in ((wide, from_wide), (half, from_half)):
+        target = tmp_path / source.name
+        report = convert_vlm(source, target, quantize=quantize, dtype=dtype)
+        assert dtypes(target) == dtypes(target, "vision_tower.") == {expected}
+        found = plan_vlm(source, quantize=quantize, dtype=dtype)
+        held = sum(value.nbytes for value in read_tensors(target).values())
+        assert found.bytes_after == sum(report.bytes.values()) == held
+
+
+def test_sixteen_bits_answer_as_the_same_values_in_float32(half: Path, tmp_path: Path) -> None:
+    """On disk half as much; loaded, the parameters are float32 and the logits those of a projector kept in float32."""
+    widened = cast(copy(half, tmp_path / "widened"), mx.float32)
+    small, large = convert_vlm(half, tmp_path / "small"), convert_vlm(widened, tmp_path / "large")
+    assert small.bytes["projector"] * 2 == large.bytes["projector"]
+    projector = load_model(small.path).projector
+    assert {value.dtype for _, value in tree_flatten(projector.parameters())} == {mx.float32}
+    image = picture(tmp_path / "a.png")
+    found, expected = (prompt_logits(load(report.path), image, "What?") for report in (small, large))
+    assert np.array_equal(found, expected)
+    edit(small.path, lambda w: w.update({"projector.body.linear_2.bias": w["projector.body.linear_2.bias"] + 1}))
+    assert not np.array_equal(prompt_logits(load(small.path), image, "What?"), expected)
+
+
+def test_a_sixteen_bit_model_survives_export(half: Path, wide: Path, tmp_path: Path) -> None:
+    for name, source in (("half", half), ("wide", wide)):
+        first = convert_vlm(source, tmp_path / name).path
+        again = convert_vlm(export_hf(first, tmp_path / f"{name}-hf"), tmp_path / f"{name}-again").path
+        assert stored_exactly(again, first)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(None, mx.float16), ("bfloat16", mx.bfloat16)])
+def test_a_projector_file_keeps_its_dtype(dtype: str | None, expected: mx.Dtype, tmp_path: Path) -> None:
+    vision, llm, file = make_siglip(tmp_path / "v"), make_llama(tmp_path / "l"), tmp_path / "p.safetensors"
+    values = {"0.weight": mx.random.normal((64, 32)), "2.weight": mx.random.normal((64, 64))}
+    values |= {f"{n}.bias": mx.ones(64) for n in (0, 2)}
+    mx.save_safetensors(str(file), {name: value.astype(mx.float16) for name, value in values.items()})
+    report = convert(vision, llm, tmp_path / "model", projector=file, dtype=dtype)
+    assert dtypes(tmp_path / "model") == {expected}
+    assert plan(vision, llm, projector=file, dtype=dtype).bytes_after == sum(report.bytes.values())
+
+
+def test_a_fresh_projector_is_float32_whatever_is_asked(tmp_path: Path) -> None:
+    """Training goes on from it."""
+    vision, llm = make_siglip(tmp_path / "v"), make_llama(tmp_path / "l")
+    convert(vision, llm, tmp_path / "model", dtype="float16", quantize=QUANT)
+    assert dtypes(tmp_path / "model") == {mx.float32}
+    assert dtypes(tmp_path / "model", "vision_tower.") == {mx.float16}
