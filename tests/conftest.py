@@ -11,4 +11,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
+import pytest
+
 import mlx_llama3v  # noqa: F401
+
+
+@pytest.fixture
+def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Durability is tested in test_checkpoint.py; waiting for the disk elsewhere would take most of the time."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)

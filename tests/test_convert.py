@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,9 @@ from tests.hf_llama import LLAMA3_SCALING, make_llama
 from tests.hf_parity import distance, features, hf_features, hf_logits, logits
 from tests.hf_siglip import make_siglip
 
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Durability is tested in test_checkpoint.py; waiting for the disk here would take most of the time."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,7 @@ from tests.hf_edit import contents, copy, edit, edit_json
 from tests.hf_llama import make_llama
 from tests.hf_siglip import make_siglip
 
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Durability is tested in test_checkpoint.py; waiting for the disk here would take most of the time."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,7 @@ from mlx_llama3v.cli import show
 from mlx_llama3v.directory import leftovers, replacing, write_directory
 from mlx_llama3v.errors import CheckpointError
 
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def abandoned(folder: Path, name: str) -> Path:

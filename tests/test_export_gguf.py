@@ -5,7 +5,6 @@ What llama.cpp itself makes of the files is in test_llama_cpp.py, which skips wh
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -33,13 +32,10 @@ from tests.hf_llava import picture
 from tests.hf_parity import IDS, distance
 from tests.hf_siglip import make_siglip
 
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
 gguf = pytest.importorskip("gguf")
 SQUASH = TilingConfig("squash", 0)
-
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 def make_model(directory: Path, kind: str = "mlp", tiling: TilingConfig = SQUASH, **llama: Any) -> Path:

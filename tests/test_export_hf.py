@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,10 @@ from tests.hf_llama import LLAMA3_SCALING, make_llama
 from tests.hf_llava import make_llava, picture
 from tests.hf_siglip import make_siglip
 
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
 QUESTION = "What does the sign say?"
 SQUASH = TilingConfig("squash", 0)
-
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(scope="module")

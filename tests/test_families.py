@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from mlx_llama3v.weights.vlm import FAMILIES, detect
 from tests.hf_edit import edit_json
 from tests.hf_llava import make_llava
 from tests.parity import test_bunny, test_minicpm, test_vila, test_vision_alpha
+
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def _minicpm(kind: str) -> Callable[[Path], object]:
@@ -98,8 +99,3 @@ def test_a_config_without_heads_means_transformers_default(tmp_path: Path) -> No
     assert found.num_attention_heads == theirs.config.num_attention_heads == 12
     with pytest.raises(CheckpointError, match="1000 wide cannot have 12 heads"):
         VisionTower(tower_config(Source(tmp_path, {}, {}, tmp_path), {**values, "hidden_size": 1000}))
-
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +29,14 @@ pytest.importorskip("llama_cpp")
 pytest.importorskip("gguf")
 from tests.llama_cpp_peer import Peer
 
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
 QUESTION = "What is in the picture?"
 TEXTS = (
     "Q: What colour is the circle?\nA:",
     "A picture of a red square. The square's number is 12345, isn't it?",
     "größer 漢字  two  spaces\n\n\tand 'quotes' it's 99%",
 )
-
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -25,14 +24,11 @@ from tests.family_parity import agree, answer, gap
 from tests.hf_edit import edit
 from tests.hf_llava import picture
 
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
 QUESTION = "What does it say?"
 HEADER = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n"
 ANSWER = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 class Parts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import mlx.core as mx
@@ -23,12 +22,9 @@ from tests.hf_llama import make_llama
 from tests.hf_llava import make_llava, picture
 from tests.hf_siglip import make_siglip
 
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
 QUANT = QuantConfig(4, 32)
-
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(scope="module")

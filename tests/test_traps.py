@@ -28,7 +28,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -47,13 +46,10 @@ from tests.family_parity import gap, prompt_logits
 from tests.hf_edit import copy, edit
 from tests.hf_llava import make_llava, picture, reference
 
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
 QUESTION = "What does the sign say?"
 HERE = Path(__file__).parent
-
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -18,17 +17,14 @@ from tests.family_parity import Answered, agree, answer, gap
 from tests.hf_edit import copy, edit
 from tests.hf_llava import picture
 
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
 QUESTION = "What does it say?"
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 SIDE = 35  # with patches of 8: 4 x 4 of them, three pixels are cut off
-
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 class Reference:

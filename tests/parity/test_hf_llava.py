@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ from tests.family_parity import Answered, agree, answer, gap, greedy, prompt_log
 from tests.hf_edit import copy, edit
 from tests.hf_llava import make_llava, picture, reference
 
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
 QUESTION = "What does the sign say?"
 TOLERANCE = 1e-4
 CASES: dict[str, dict[str, Any]] = {
@@ -25,11 +26,6 @@ CASES: dict[str, dict[str, Any]] = {
     "last layer, tied, with a head": {"layer": -1, "tie": True, "head": True},
     "counted from the front": {"layer": 1},
 }
-
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(scope="module")

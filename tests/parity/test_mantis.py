@@ -5,7 +5,6 @@ Pictures in, logits out, against transformers' own class with the prompt that Ma
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,9 @@ from tests.family_parity import agree, answer, greedy
 from tests.hf_edit import copy, edit_json
 from tests.hf_llava import make_llava, picture, reference
 
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
 QUESTION = "What does the sign say?"
-
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ The tower of the reference is transformers' Idefics2VisionTransformer, fed with 
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -37,15 +36,12 @@ from tests.family_parity import Answered, agree, answer, gap, prompt_logits
 from tests.hf_edit import copy, edit, edit_json
 from tests.hf_llava import picture
 
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
 QUESTION = "What does it say?"
 QUERIES, WIDTH, SIDE, PATCH = 6, 256, 980, 14
 NAMES = {"minicpmv": ("vpm.", "resampler.", "llm."), "llama3v": ("vison.", "projection.", "llm.")}
 SPECIAL = ("<image>", "</image>", "<slice>", "</slice>", "<unk>")
-
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 class Resampler(torch.nn.Module):

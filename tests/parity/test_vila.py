@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -16,16 +15,13 @@ from tests.family_parity import Answered, agree, answer, gap
 from tests.hf_edit import edit
 from tests.hf_llava import picture
 
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
 QUESTION = "What does it say?"
 SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
-
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 def flat_square(x: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,9 @@ from tests.family_parity import Answered, agree, answer, gap
 from tests.hf_edit import edit
 from tests.hf_llava import picture
 
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
 QUESTION = "What does it say?"
-
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 class Reference:
