@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mlx_llama3v.cli import show
-from mlx_llama3v.cli.options import MaxSlices, Offline, tiling
+from mlx_llama3v.cli.options import MaxSlices, Offline, settings_options, split_settings, tiling
 from mlx_llama3v.config import TilingConfig
 from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.knob import knob
 from mlx_llama3v.weights.convert import ConvertReport, Plan, plan
 from mlx_llama3v.weights.convert import convert as convert_checkpoints
-from mlx_llama3v.weights.quantize import BITS, RECIPES, QuantConfig, listed
+from mlx_llama3v.weights.quantize import QuantConfig
 from mlx_llama3v.weights.vlm import convert_vlm, plan_vlm
+
+
+@dataclass(frozen=True)
+class Making:
+    """How the directory is made, beside the checkpoints and the quantization."""
+
+    projector: str = knob(
+        "attention", "attention, linear or mlp; or a trained one: the .safetensors file of a LLaVA projector."
+    )
+    dtype: str | None = knob(
+        None, "float32, float16 or bfloat16; default: as stored, with -q 16 bit for tower and trained projector."
+    )
+    seed: int = knob(0, "Seed of the fresh projector.")
+    prompt_layout: str | None = knob(None, "Of a trained model: another prompt than the checkpoint's.")
+    vision_mode: str | None = knob(None, "With --hf-path, MiniCPM-V 2.5: strip (as published) or strip-2d.")
 
 
 def register(app: typer.Typer) -> None:
     app.command()(convert)
 
 
+@settings_options(QuantConfig)
+@settings_options(Making)
 def convert(
     vision: Annotated[
         str | None, typer.Option("--vision", help="SigLIP: directory or Hub id.", show_default=False)
@@ -35,107 +55,84 @@ def convert(
         ),
     ] = None,
     mlx_path: Annotated[Path, typer.Option("--mlx-path", help="Model directory to write.")] = Path("mlx_model"),
-    projector: Annotated[
-        str,
-        typer.Option(
-            "--projector",
-            help="attention, linear or mlp; or a trained one: the .safetensors file of a LLaVA projector.",
-        ),
-    ] = "attention",
     quantize: Annotated[bool, typer.Option("-q", "--quantize", help="Quantize the decoder.")] = False,
-    q_bits: Annotated[int, typer.Option("--q-bits", help=f"Bits per weight: {listed(BITS)}.")] = 4,
-    q_group_size: Annotated[
-        int | None,
-        typer.Option("--q-group-size", help="Weights that share a scale; default 64, mxfp4: 32.", show_default=False),
-    ] = None,
-    q_mode: Annotated[str, typer.Option("--q-mode", help="affine or mxfp4.")] = "affine",
-    quant_predicate: Annotated[
-        str | None,
-        typer.Option("--quant-predicate", help=f"Mixed bits: {', '.join(RECIPES)}.", show_default=False),
-    ] = None,
-    q_vision: Annotated[bool, typer.Option("--q-vision", help="Quantize the blocks of the tower, too.")] = False,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; default: as stored.")
-    ] = None,
     max_slices: MaxSlices = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the fresh projector.")] = 0,
-    prompt_layout: Annotated[
-        str | None,
-        typer.Option(
-            "--prompt-layout", help="Of a trained model: another prompt than the checkpoint's.", show_default=False
-        ),
-    ] = None,
-    vision_mode: Annotated[
-        str | None,
-        typer.Option(
-            "--vision-mode", help="With --hf-path, MiniCPM-V 2.5: strip (as published) or strip-2d.", show_default=False
-        ),
-    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show family, names, what does not fit, and sizes; write nothing.")
     ] = False,
     offline: Offline = False,
+    **settings: Any,
 ) -> None:
     """Join a SigLIP and a Llama-3 checkpoint in a model directory with a fresh projector, or convert a finished model.
 
     Example: `llama3v-mlx convert --vision google/siglip-so400m-patch14-384 --llm meta-llama/Llama-3.2-1B-Instruct -q`,
     or `llama3v-mlx convert --hf-path TIGER-Lab/Mantis-8B-siglip-llama3 -q`
     """
-    group = q_group_size or (32 if q_mode == "mxfp4" else 64)
-    if not quantize and (quant_predicate or q_vision):
+    if not quantize and (settings["recipe"] or settings["tower"]):
         raise CheckpointError("--quant-predicate and --q-vision say how to quantize; expected -q with them.")
-    quant = QuantConfig(q_bits, group, q_mode, quant_predicate, q_vision) if quantize else None
+    quant = split_settings(settings, QuantConfig)[0] if quantize else None
+    (making,) = split_settings(settings, Making)
     if hf_path is not None:
         if vision is not None or llm is not None:
             raise CheckpointError("--hf-path is a whole model; leave --vision and --llm out.")
-        options: dict[str, Any] = {
-            "quantize": quant,
-            "dtype": dtype,
-            "prompt_layout": prompt_layout,
-            "vision_mode": vision_mode,
-            "offline": offline,
-        }
-        _finished(hf_path, mlx_path, dry_run, options)
+        _finished(hf_path, mlx_path, making, quant, dry_run, offline)
         return
     if vision is None or llm is None:
         raise CheckpointError("expected --vision and --llm, or --hf-path for a finished model.")
-    if vision_mode:
+    if making.vision_mode:
         raise CheckpointError("--vision-mode goes with --hf-path only.")
+    slices = None if max_slices is None else tiling(TilingConfig(), max_slices)
+    _joined(vision, llm, mlx_path, making, slices, quant, dry_run, offline)
+
+
+def _joined(
+    vision: str,
+    llm: str,
+    mlx_path: Path,
+    making: Making,
+    slices: TilingConfig | None,
+    quant: QuantConfig | None,
+    dry_run: bool,
+    offline: bool,
+) -> None:
+    """Join two models, or say what that would do."""
     parts: dict[str, Any] = {
-        "projector": projector,
-        "tiling": None if max_slices is None else tiling(TilingConfig(), max_slices),
+        "projector": making.projector,
+        "tiling": slices,
         "quantize": quant,
-        "dtype": dtype,
-        "prompt_layout": prompt_layout,
+        "dtype": making.dtype,
+        "prompt_layout": making.prompt_layout,
         "offline": offline,
     }
     if dry_run:
         print_plan(plan(vision, llm, **parts))
         return
     with show.bar("convert", "MB") as bar:
-        report = convert_checkpoints(
-            vision,
-            llm,
-            mlx_path,
-            seed=seed,
-            progress=lambda done, total: bar.update(done // 10**6, total // 10**6),
-            **parts,
-        )
+        report = convert_checkpoints(vision, llm, mlx_path, seed=making.seed, progress=megabytes(bar), **parts)
     print_report(report)
 
 
-def _finished(hf_path: str, mlx_path: Path, dry_run: bool, options: dict[str, Any]) -> None:
+def megabytes(bar: show.Bar) -> Callable[[int, int], None]:
+    """A conversion's progress on a bar."""
+    return lambda done, total: bar.update(done // 10**6, total // 10**6)
+
+
+def _finished(
+    hf_path: str, mlx_path: Path, making: Making, quant: QuantConfig | None, dry_run: bool, offline: bool
+) -> None:
     """Convert a finished model, or say what that would do."""
+    options: dict[str, Any] = {
+        "quantize": quant,
+        "dtype": making.dtype,
+        "prompt_layout": making.prompt_layout,
+        "vision_mode": making.vision_mode,
+        "offline": offline,
+    }
     if dry_run:
         print_plan(plan_vlm(hf_path, **options))
         return
     with show.bar("convert", "MB") as bar:
-        report = convert_vlm(
-            hf_path,
-            mlx_path,
-            progress=lambda done, total: bar.update(done // 10**6, total // 10**6),
-            **options,
-        )
+        report = convert_vlm(hf_path, mlx_path, progress=megabytes(bar), **options)
     show.out.print(f"{report.config.sources['family']}, prompt layout {report.config.prompt_layout.name}.")
     print_report(report)
 

@@ -3,25 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from mlx_llama3v.cli import show
-from mlx_llama3v.cli.options import Config, MaxSlices, Model, Offline
+from mlx_llama3v.cli.options import Config, MaxSlices, Model, Offline, settings_options
 from mlx_llama3v.data.records import Problem
+from mlx_llama3v.embeddings.codec import CODECS
 from mlx_llama3v.embeddings.codec import DEFAULT as DEFAULT_CODEC
 from mlx_llama3v.embeddings.embed import EmbedProgress
 from mlx_llama3v.errors import DataError
 from mlx_llama3v.estimate import Estimate
+from mlx_llama3v.knob import knob
 from mlx_llama3v.stages import EmbedReport, embed_data, estimate_data
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What `estimate_data` and `embed_data` both take: the fields are named as their arguments."""
+
+    image_folder: Path | None = knob(None, "Where names in DATA start.")  # noqa: RUF009
+    allow_outside: bool = knob(
+        False, "Read pictures outside that folder, too (../, absolute, links).", flags=["--allow-outside"]
+    )
+    codec: str = knob(
+        DEFAULT_CODEC, "How embeddings are held: int8 is half of float16, int4 0.28 of it.", choices=tuple(CODECS)
+    )
+    pool: int | None = knob(None, "Store the mean over N x N patches.", min=1)
+    after_projector: Path | None = knob(  # noqa: RUF009
+        None, "Run whose projector's output is stored instead, for stage sft."
+    )
+    batch_size: int = knob(16, "Slices a forward pass.", min=1)
+    workers: int = knob(2, "Threads that open and cut pictures.", min=1)
 
 
 def register(app: typer.Typer) -> None:
     app.command()(embed)
 
 
+@settings_options(Reading)
 def embed(
     model: Model,
     data: Annotated[
@@ -34,28 +57,9 @@ def embed(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", help="Store to fill; an existing one goes on.")] = Path("store"),
-    image_folder: Annotated[Path | None, typer.Option("--image-folder", help="Where names in DATA start.")] = None,
-    allow_outside: Annotated[
-        bool,
-        typer.Option("--allow-outside", help="Read pictures outside that folder, too (../, absolute, links)."),
-    ] = False,
-    codec: Annotated[
-        Literal["float16", "int8", "int4"],
-        typer.Option("--codec", help="How embeddings are held: int8 is half of float16, int4 0.28 of it."),
-    ] = DEFAULT_CODEC,  # type: ignore[assignment]
-    pool: Annotated[
-        int | None,
-        typer.Option("--pool", min=1, help="Store the mean over N x N patches.", show_default=False),
-    ] = None,
-    after_projector: Annotated[
-        Path | None,
-        typer.Option("--after-projector", help="Run whose projector's output is stored instead, for stage sft."),
-    ] = None,
     shard_size: Annotated[
         int, typer.Option("--shard-size", min=1, help="Megabytes a shard: what an interruption loses at most.")
     ] = 512,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Slices a forward pass.")] = 16,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Threads that open and cut pictures.")] = 2,
     max_slices: MaxSlices = None,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Only say what it would cost: slices, bytes, time, free disk.")
@@ -67,49 +71,36 @@ def embed(
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 where anything could not be read.")] = False,
     offline: Offline = False,
     config: Config = None,
+    **settings: Any,
 ) -> None:
     """Encode every picture of a data set once. Interrupt it at any time; the same command goes on.
 
     Example: `llama3v-mlx embed --model my-model --data llava.json --image-folder images --output my-store`
     """
-    settings: dict[str, Any] = {
-        "image_folder": image_folder,
-        "allow_outside": allow_outside,
-        "codec": codec,
-        "pool": pool,
-        "after_projector": after_projector,
-        "batch_size": batch_size,
-        "workers": workers,
-        "max_slices": max_slices,
-        "offline": offline,
-    }
+    settings |= {"max_slices": max_slices, "offline": offline}
     if estimate:
-        with show.bar("scan", "images") as bar:
-            found = estimate_data(
-                model, data, output, **settings, progress=lambda done, total: bar.update(done, total, "")
-            )
-        if json:
-            show.as_json(found.to_dict())
-        else:
-            print_estimate(found, output)
-        _check_all_read(strict, len(found.problems), "would be left out")
+        _estimate(model, data, output, settings, json, strict)
         return
     if json:
         raise DataError(
             "--json belongs to --estimate; the store itself is described by `llama3v-mlx store info --json`."
         )
+    settings |= {"check_disk": check_disk, "shard_bytes": shard_size << 20}
     with show.bar("embed", "images") as bar:
-        report = embed_data(
-            model,
-            data,
-            output,
-            **settings,
-            check_disk=check_disk,
-            shard_bytes=shard_size << 20,
-            progress=lambda p: bar.update(p.done, p.total, _note(p)),
-        )
+        report = embed_data(model, data, output, **settings, progress=lambda p: bar.update(p.done, p.total, _note(p)))
     print_report(report)
     _check_all_read(strict, len(report.problems), "could not be read")
+
+
+def _estimate(model: str, data: Path, output: Path, settings: dict[str, Any], json: bool, strict: bool) -> None:
+    """Say what `embed` would cost."""
+    with show.bar("scan", "images") as bar:
+        found = estimate_data(model, data, output, **settings, progress=lambda done, total: bar.update(done, total, ""))
+    if json:
+        show.as_json(found.to_dict())
+    else:
+        print_estimate(found, output)
+    _check_all_read(strict, len(found.problems), "would be left out")
 
 
 def _note(progress: EmbedProgress) -> str:

@@ -63,10 +63,7 @@ def export(
     `llama3v-mlx export --model model --run runs/sft --format hub --repo me/my-model --output upload --dry-run`
     """
     from mlx_llama3v.checkpoint import resolve
-    from mlx_llama3v.weights.export import export_hf
-    from mlx_llama3v.weights.gguf_export import export_gguf
     from mlx_llama3v.weights.hub import export_hub
-    from mlx_llama3v.weights.peft import export_peft
 
     path = resolve(model, offline=offline)
     show.leftovers(output)
@@ -76,13 +73,21 @@ def export(
         written = export_hub(path, output, repo=repo, run=run, private=private, dry_run=dry_run or offline)
         where = "nothing was uploaded" if dry_run or offline else f"uploaded to https://huggingface.co/{repo}"
         show.out.print(f"Exported (hub): {written}; {where}.")
-        return
-    if format is Format.peft:
-        if run is None:
-            raise CheckpointError("--format peft exports what a run trained; expected --run.")
-        written = export_peft(path, run, output)
-    elif format is Format.gguf:
-        written = export_gguf(path, output, run=run, squash=squash, type=gguf_type)
     else:
-        written = export_hf(path, output, run=run, squash=squash)
-    show.out.print(f"Exported ({format.value}): {written}")
+        written = _converted(path, output, run, format, squash, gguf_type)
+        show.out.print(f"Exported ({format.value}): {written}")
+
+
+def _converted(path: Path, output: Path, run: Path | None, format: Format, squash: bool, gguf_type: str) -> Path:
+    """Write the files of another program; returns where."""
+    from mlx_llama3v.weights.export import export_hf
+    from mlx_llama3v.weights.gguf_export import export_gguf
+    from mlx_llama3v.weights.peft import export_peft
+
+    if format is Format.gguf:
+        return export_gguf(path, output, run=run, squash=squash, type=gguf_type)
+    if format is Format.hf:
+        return export_hf(path, output, run=run, squash=squash)
+    if run is None:
+        raise CheckpointError("--format peft exports what a run trained; expected --run.")
+    return export_peft(path, run, output)

@@ -97,14 +97,13 @@ def settings_options(cls: type, skip: tuple[str, ...] = ()) -> Callable[[Callabl
 
 def _parameter(item: Field[Any], hint: Any) -> inspect.Parameter:
     default = item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc]
-    flags = item.metadata.get("flags") or [f"--{item.name.replace('_', '-')}"]
-    if hint is bool:
-        flags = [f"{flags[0]}/--no-{flags[0].removeprefix('--')}"]
+    name = item.name.replace("_", "-")
+    flags = item.metadata.get("flags") or ([f"--{name}/--no-{name}"] if hint is bool else [f"--{name}"])
     if get_origin(hint) is tuple:  # a repeatable option; Typer knows those as lists
         hint, default = list[get_args(hint)[0]], list(default)  # type: ignore[misc]
     if choices := item.metadata.get("choices"):
         hint = Literal[choices]
-    option = typer.Option(*flags, help=item.metadata.get("help", ""))
+    option = typer.Option(*flags, help=item.metadata.get("help", ""), min=item.metadata.get("min"))
     return inspect.Parameter(
         item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option]
     )

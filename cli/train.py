@@ -6,8 +6,9 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -15,9 +16,11 @@ from rich.text import Text
 from mlx_llama3v.ahead import AheadConfig
 from mlx_llama3v.cli import show
 from mlx_llama3v.cli.interrupt import interruptible
-from mlx_llama3v.cli.options import Config, Offline, byte_count, settings_options
+from mlx_llama3v.cli.options import Config, Offline, byte_count, settings_options, split_settings
+from mlx_llama3v.embeddings.codec import CODECS
 from mlx_llama3v.embeddings.codec import DEFAULT as DEFAULT_CODEC
 from mlx_llama3v.errors import RunError
+from mlx_llama3v.knob import knob
 from mlx_llama3v.stages import train_stage
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.train.report import Callbacks, Evaluation, Progress, Skipped, Start
@@ -28,11 +31,32 @@ INHERITED = ("max_seq_length", "long_rows", "pack", "seed", "val_split", "val_ro
 COLOURS = {"prompt": "dim", "target": "bold green", "marker": "magenta", "visual": "cyan"}
 
 
+@dataclass(frozen=True)
+class Embedding:
+    """A run that encodes its pictures itself, in place of a store."""
+
+    image_folder: Path | None = knob(None, "With --embed-ahead: where names in DATA start.")  # noqa: RUF009
+    embed_ahead: bool = knob(
+        False,
+        "No store: a second process encodes what is read next, and drops it after.",
+        flags=["--embed-ahead"],
+    )
+    store_budget: str = knob("50GB", "Disk that --embed-ahead may use, as 50GB or 800MB.")
+    codec: str = knob(DEFAULT_CODEC, "How --embed-ahead holds embeddings.", choices=tuple(CODECS))
+
+    def ahead(self, model: str, offline: bool) -> AheadConfig | None:
+        """Its configuration; None for a run on a store."""
+        if not self.embed_ahead:
+            return None
+        return AheadConfig(model, byte_count(self.store_budget), self.codec, offline=offline)
+
+
 def register(app: typer.Typer) -> None:
     app.command()(train)
 
 
 @settings_options(TrainConfig)
+@settings_options(Embedding)
 def train(
     ctx: typer.Context,
     data: Annotated[Path, typer.Option("--data", help="LLaVA-format JSON or JSONL.", show_default=False)],
@@ -45,20 +69,6 @@ def train(
         Path | None,
         typer.Option("--embeddings", help="Store (from `embed`) [default: that of --projector].", show_default=False),
     ] = None,
-    image_folder: Annotated[
-        Path | None,
-        typer.Option("--image-folder", help="With --embed-ahead: where names in DATA start.", show_default=False),
-    ] = None,
-    embed_ahead: Annotated[
-        bool,
-        typer.Option("--embed-ahead", help="No store: a second process encodes what is read next, and drops it after."),
-    ] = False,
-    store_budget: Annotated[
-        str, typer.Option("--store-budget", help="Disk that --embed-ahead may use, as 50GB or 800MB.")
-    ] = "50GB",
-    codec: Annotated[
-        Literal["float16", "int8", "int4"], typer.Option("--codec", help="How --embed-ahead holds embeddings.")
-    ] = DEFAULT_CODEC,  # type: ignore[assignment]
     projector: Annotated[
         Path | None,
         typer.Option("--projector", help="Run (or file) to take the projector from; sft needs one."),
@@ -75,35 +85,30 @@ def train(
 
     Example: `llama3v-mlx train --model my-model --data captions.json --embeddings my-store --output runs/pretrain`
     """
-    values: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
-    }
-    before = _before(projector) if values["stage"] == "sft" else {}
-    given = {key for key in ctx.params if str(ctx.get_parameter_source(key)).endswith(("COMMANDLINE", "DEFAULT_MAP"))}
-    _inherit(values, before.get("train", {}), given)
-    model = model or before.get("model", "")
-    if embeddings is None and not embed_ahead and before:
-        embeddings = Path(before["store"]["path"])
-    if not model:
-        raise RunError("give the model directory with --model.")
-    if embed_ahead == (embeddings is not None):
-        raise RunError("give either --embeddings STORE, or --embed-ahead to embed while training.")
-    ahead = AheadConfig(model, byte_count(store_budget), codec, offline=offline) if embed_ahead else None
-    with show.bar(values["stage"], "steps") as bar, interruptible(_stopping) as stop:
+    before = _before(projector) if settings["stage"] == "sft" else {}
+    embedding, wanted = _settled(ctx, settings, before.get("train", {}))
+    model, embeddings = _sources(model, embeddings, before, embedding.embed_ahead)
+    ahead = embedding.ahead(model, offline)
+    with show.bar(wanted.stage, "steps") as bar, interruptible(_stopping) as stop:
         result = train_stage(
             model,
             data,
             embeddings or output / "ahead",
             output,
-            TrainConfig(**values),
+            wanted,
             projector=projector,
             ahead=ahead,
-            image_folder=image_folder,
+            image_folder=embedding.image_folder,
             resume=resume,
             offline=offline,
             callbacks=_watch(bar, stop),
             dry_run=dry_run,
         )
+    _say(result, dry_run)
+
+
+def _say(result: TrainResult, dry_run: bool) -> None:
+    """How it ended; an interrupted run ends the command with status 130."""
     if dry_run:
         show.out.print(f"{result.steps:,} steps would be trained; nothing was written.")
     elif result.stopped is not None:
@@ -125,6 +130,26 @@ def _before(projector: Path | None) -> dict[str, Any]:
     except ValueError as error:
         raise RunError(f"{file} is damaged: {error}.") from error
     return values
+
+
+def _sources(model: str, embeddings: Path | None, before: dict[str, Any], embed_ahead: bool) -> tuple[str, Path | None]:
+    """Model and store, where not given those of the run before; no store with `embed_ahead`. Raises RunError."""
+    model = model or before.get("model", "")
+    if embeddings is None and not embed_ahead and before:
+        embeddings = Path(before["store"]["path"])
+    if not model:
+        raise RunError("give the model directory with --model.")
+    if embed_ahead == (embeddings is not None):
+        raise RunError("give either --embeddings STORE, or --embed-ahead to embed while training.")
+    return model, embeddings
+
+
+def _settled(ctx: typer.Context, settings: dict[str, Any], before: dict[str, Any]) -> list[Any]:
+    """Embedding and TrainConfig as the options and the run before have it."""
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    given = {key for key in ctx.params if str(ctx.get_parameter_source(key)).endswith(("COMMANDLINE", "DEFAULT_MAP"))}
+    _inherit(values, before, given)
+    return split_settings(values, Embedding, TrainConfig)
 
 
 def _inherit(values: dict[str, Any], before: dict[str, Any], given: set[str]) -> None:

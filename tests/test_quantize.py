@@ -155,7 +155,7 @@ def test_the_tower_is_quantized_only_where_asked(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / "siglip" / name, vision)
     plain = convert(vision, llm, tmp_path / "plain", quantize=QuantConfig(8, 32))
-    report = convert(vision, llm, tmp_path / "asked", quantize=QuantConfig(8, 32, vision=True))
+    report = convert(vision, llm, tmp_path / "asked", quantize=QuantConfig(8, 32, tower=True))
     assert not [name for name in read_tensors(plain.path) if "tower" in name and name.endswith("scales")]
     scales = [name for name in read_tensors(report.path) if "tower" in name and name.endswith("scales")]
     assert len(scales) == 3 * 5 and all("encoder.layers" in name for name in scales)  # fc2's rows are 131 wide

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from mlx_llama3v.config import VisionConfig
 from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.knob import knob
 from mlx_llama3v.model import Llama3V, layer_setting, quantize_layers
 from mlx_llama3v.tensors import parameters
 from mlx_llama3v.vision.siglip import VisionTower
@@ -22,22 +23,27 @@ BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what MLX has kernels for
 _DECODER, _TOWER = "language_model.", "vision_tower."
 
 
-def listed(values: tuple[int, ...]) -> str:
+def _listed(values: tuple[int, ...]) -> str:
     """(2, 3, 4) -> "2, 3 or 4"."""
     return f"{', '.join(map(str, values[:-1]))} or {values[-1]}"
 
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How the decoder is quantized, and the tower where `vision`; the rest has 16 bit (see `stored`)."""
+    """How the decoder is quantized, and the tower where `tower`; the rest has 16 bit (see `stored`)."""
 
-    bits: int = 4
-    group_size: int = 64
-    mode: str = "affine"  # affine, or mxfp4: 4-bit floats in groups of 32 with a shared exponent
-    recipe: str | None = None  # one of RECIPES, whose bits then count
-    vision: bool = False
+    bits: int = knob(4, f"Bits per weight: {_listed(BITS)}.", flags=["--q-bits"])
+    group_size: int | None = knob(
+        None, "Weights that share a scale; default 64, mxfp4: 32.", flags=["--q-group-size"]
+    )  # always a number once made
+    # mxfp4: 4-bit floats in groups of 32 with a shared exponent
+    mode: str = knob("affine", "affine or mxfp4.", flags=["--q-mode"])
+    # A recipe's own bits count then.
+    recipe: str | None = knob(None, f"Mixed bits: {', '.join(RECIPES)}.", flags=["--quant-predicate"])
+    tower: bool = knob(False, "Quantize the blocks of the tower, too.", flags=["--q-vision"])
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "group_size", self.group_size or (32 if self.mode == "mxfp4" else 64))
         if self.recipe is not None and (self.recipe not in RECIPES or self.mode != "affine"):
             known = ", ".join(RECIPES)
             raise CheckpointError(f"quantization recipe is {self.recipe!r} ({self.mode}); expected affine and {known}.")
@@ -52,7 +58,7 @@ class QuantConfig:
         if self.bits not in BITS or self.group_size not in GROUPS:
             raise CheckpointError(
                 f"cannot quantize to {self.bits} bits in groups of {self.group_size}; "
-                f"MLX has {listed(BITS)} bits in groups of {listed(GROUPS)}."
+                f"MLX has {_listed(BITS)} bits in groups of {_listed(GROUPS)}."
             )
 
     def setting(self, layers: int) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def stored(
     layers: tuple[LayerReport, ...] = ()
     if quantize and (setting := model.config.quantization):
         layers = quantize_model(model, setting)
-        if quantize.vision:
+        if quantize.tower:
             tower, more = quantize_tower(tower, model.config.vision_config, setting)
             layers += more
     return {**tower, **parameters(model)}, layers

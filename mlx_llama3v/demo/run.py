@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +18,29 @@ from mlx_llama3v.demo.gallery import draw_gallery
 from mlx_llama3v.embeddings.codec import DEFAULT as DEFAULT_CODEC
 from mlx_llama3v.encoder import load_encoder
 from mlx_llama3v.errors import RunError
+from mlx_llama3v.knob import knob
 from mlx_llama3v.platform import machine
 from mlx_llama3v.stages import embed_data, train_stage
 from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.train.report import Callbacks, Progress, Start
-from mlx_llama3v.train.trainer import TrainResult
 from mlx_llama3v.weights import TINY
 from mlx_llama3v.weights.convert import convert
 
 Report = Callable[[str, int, int, str], None]  # (step of the demo, done, total, note)
 
 
-def _knob(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class DemoConfig:
     """Size of the demo; the defaults take seven and a half minutes of two x86-64 cores."""
 
-    images: int = _knob(2400, "Training pictures to draw.")
-    questions: int = _knob(270, "Exam questions, one unseen picture each.")
-    pretrain_epochs: int = _knob(6, "Passes over the captions (stage pretrain).")
-    sft_epochs: int = _knob(2, "Passes over the conversations (stage sft).")
-    batch_size: int = _knob(16, "Rows a training step.")
-    codec: str = _knob(DEFAULT_CODEC, "How the store holds embeddings: float16, int8 or int4.")
-    seed: int = _knob(0, "Changes the pictures, the order and the fresh weights.")
+    images: int = knob(2400, "Training pictures to draw.")
+    questions: int = knob(270, "Exam questions, one unseen picture each.")
+    pretrain_epochs: int = knob(6, "Passes over the captions (stage pretrain).")
+    sft_epochs: int = knob(2, "Passes over the conversations (stage sft).")
+    batch_size: int = knob(16, "Rows a training step.")
+    codec: str = knob(DEFAULT_CODEC, "How the store holds embeddings: float16, int8 or int4.")
+    seed: int = knob(0, "Changes the pictures, the order and the fresh weights.")
 
 
 @dataclass(frozen=True)
@@ -98,26 +94,7 @@ def run(output: Path, config: DemoConfig, report: Report) -> DemoResult:
         batch_size=32,
         progress=lambda p: report("embed", p.done, p.total, f"{p.slices:,} slices"),
     )
-    settings: dict[str, Any] = {
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        "save_every": 0,
-        "steps_per_report": 10,
-    }
-    trained: dict[str, TrainResult] = {}
-    for stage, records, epochs, rate in (
-        ("pretrain", data.captions, config.pretrain_epochs, 3e-3),
-        ("sft", data.conversations, config.sft_epochs, 2e-3),
-    ):
-        trained[stage] = train_stage(
-            model,
-            records,
-            store,
-            output / stage,
-            TrainConfig(stage=stage, epochs=epochs, learning_rate=rate, **settings),
-            projector=output / "pretrain" if stage == "sft" else None,
-            callbacks=_training(report, stage),
-        )
+    _train(output, config, data, report)
     report("exam", 0, len(data.exam), "")
     exam = _exam(model, output / "sft", data)
     report("exam", len(data.exam), len(data.exam), "")
@@ -127,6 +104,29 @@ def run(output: Path, config: DemoConfig, report: Report) -> DemoResult:
     )
     _write(result, config)
     return result
+
+
+def _train(output: Path, config: DemoConfig, data: DataSet, report: Report) -> None:
+    """Both stages, on the model and the store below `output`."""
+    settings: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "save_every": 0,
+        "steps_per_report": 10,
+    }
+    for stage, records, epochs, rate in (
+        ("pretrain", data.captions, config.pretrain_epochs, 3e-3),
+        ("sft", data.conversations, config.sft_epochs, 2e-3),
+    ):
+        train_stage(
+            output / "model",
+            records,
+            output / "store",
+            output / stage,
+            TrainConfig(stage=stage, epochs=epochs, learning_rate=rate, **settings),
+            projector=output / "pretrain" if stage == "sft" else None,
+            callbacks=_training(report, stage),
+        )
 
 
 def _clear(output: Path) -> None:

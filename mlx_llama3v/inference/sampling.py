@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_llama3v.compat import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
 from mlx_llama3v.errors import ContextError
+from mlx_llama3v.knob import knob
 
 PENALIZED = 20  # tokens that a repetition penalty looks back on, as in mlx-lm
 
@@ -31,23 +32,19 @@ class Mask(Protocol):
         """The answer goes on with `token`."""
 
 
-def _knob(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen and when an answer ends; the defaults are greedy."""
 
-    max_tokens: int = _knob(256, "Longest answer.")
-    temp: float = _knob(0.0, "Temperature; 0 always takes the likeliest token.")
-    top_p: float = _knob(1.0, "Sample from the likeliest tokens that hold this probability.")
-    top_k: int = _knob(0, "Sample from this many tokens; 0: all.")
-    min_p: float = _knob(0.0, "Drop tokens less likely than this share of the likeliest.")
-    repetition_penalty: float | None = _knob(None, "Divide the odds of the last 20 tokens by this.")
-    seed: int | None = _knob(None, "Fixes what is sampled.")
-    stop: tuple[str, ...] = _knob((), "End the answer before this text; repeat for more.")
-    loop_guard: int = _knob(128, "End an answer whose last N tokens only repeat themselves; 0: never.")
+    max_tokens: int = knob(256, "Longest answer.")
+    temp: float = knob(0.0, "Temperature; 0 always takes the likeliest token.")
+    top_p: float = knob(1.0, "Sample from the likeliest tokens that hold this probability.")
+    top_k: int = knob(0, "Sample from this many tokens; 0: all.")
+    min_p: float = knob(0.0, "Drop tokens less likely than this share of the likeliest.")
+    repetition_penalty: float | None = knob(None, "Divide the odds of the last 20 tokens by this.")
+    seed: int | None = knob(None, "Fixes what is sampled.")
+    stop: tuple[str, ...] = knob((), "End the answer before this text; repeat for more.")
+    loop_guard: int = knob(128, "End an answer whose last N tokens only repeat themselves; 0: never.")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop))

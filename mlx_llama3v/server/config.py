@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mlx_llama3v.errors import RunError
-
-
-def _knob(default: Any, text: str, **more: Any) -> Any:
-    return field(default=default, metadata={"help": text, **more})
+from mlx_llama3v.knob import knob
 
 
 @dataclass(frozen=True)
 class ServeConfig:
     """Closed by default: this machine only, no other web page, pictures only from the request itself."""
 
-    host: str = _knob("127.0.0.1", "Address to listen on; 0.0.0.0 opens it to the network (then set --api-key).")
-    port: int = _knob(8080, "Port to listen on.")
-    api_key: str | None = _knob(None, "Clients must send it as a bearer token (also LLAMA3V_API_KEY).")
-    cors_origin: tuple[str, ...] = _knob((), "Web origin that may call the API; repeat for more.")
-    allow_image_host: tuple[str, ...] = _knob((), "Host that pictures may be fetched from; repeat for more.")
-    image_dir: Path | None = _knob(None, "Folder that file:// pictures may be read from.")  # noqa: RUF009
-    image_seconds: float = _knob(15.0, "Seconds that fetching a picture from such a host may take.")
-    max_body: int = _knob(32_000_000, "Largest request, and largest picture, in bytes.")
-    max_pixels: int = _knob(50_000_000, "Largest picture.")
-    max_images: int = _knob(16, "Pictures in a request.")
-    server_max_tokens: int = _knob(4096, "Longest answer that a request may ask for.")
-    max_context: int | None = _knob(None, "Longest conversation in tokens [default: the model's].")
-    max_batch: int = _knob(16, "Answers decoded side by side.")
-    max_queue: int = _knob(64, "Requests that wait beside those; more get a 429.")
-    timeout: float = _knob(600.0, "Seconds that a request may take in all.")
-    prefix_memory: int = _knob(1_000_000_000, "Bytes of keys and values kept for requests that begin alike.")
-    prefill_step_size: int = _knob(512, "Prompt tokens that are processed between two steps of the others.")
+    host: str = knob("127.0.0.1", "Address to listen on; 0.0.0.0 opens it to the network (then set --api-key).")
+    port: int = knob(8080, "Port to listen on.")
+    api_key: str | None = knob(None, "Clients must send it as a bearer token (also LLAMA3V_API_KEY).")
+    cors_origin: tuple[str, ...] = knob((), "Web origin that may call the API; repeat for more.")
+    allow_image_host: tuple[str, ...] = knob((), "Host that pictures may be fetched from; repeat for more.")
+    image_dir: Path | None = knob(None, "Folder that file:// pictures may be read from.")  # noqa: RUF009
+    image_seconds: float = knob(15.0, "Seconds that fetching a picture from such a host may take.")
+    max_body: int = knob(32_000_000, "Largest request, and largest picture, in bytes.")
+    max_pixels: int = knob(50_000_000, "Largest picture.")
+    max_images: int = knob(16, "Pictures in a request.")
+    server_max_tokens: int = knob(4096, "Longest answer that a request may ask for.")
+    max_context: int | None = knob(None, "Longest conversation in tokens [default: the model's].")
+    max_batch: int = knob(16, "Answers decoded side by side.")
+    max_queue: int = knob(64, "Requests that wait beside those; more get a 429.")
+    timeout: float = knob(600.0, "Seconds that a request may take in all.")
+    prefix_memory: int = knob(1_000_000_000, "Bytes of keys and values kept for requests that begin alike.")
+    prefill_step_size: int = knob(512, "Prompt tokens that are processed between two steps of the others.")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cors_origin", tuple(self.cors_origin))
