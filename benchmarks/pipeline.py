@@ -193,8 +193,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tower", choices=TOWERS, default="base")
     parser.add_argument("--max-slices", type=int, default=TilingConfig().max_slices)
-    parser.add_argument("--photos", type=int, default=2000, help="of 640x480")
-    parser.add_argument("--large", type=int, default=200, help="of 4000x3000")
+    parser.add_argument("--photos", type=int, default=2000, help="of 640x480; 0: none")
+    parser.add_argument("--large", type=int, default=200, help="of 4000x3000; 0: none")
     parser.add_argument("--encode", type=float, default=1.0, help="share of them that the real tower gets; 0: none")
     parser.add_argument("--device-rate", type=float, default=30.0, help="slices a second of the device that waits")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
@@ -208,6 +208,8 @@ def main() -> None:
     results: dict[str, object] = {"machine": machine(), "arguments": {k: str(v) for k, v in vars(args).items()}}
     print(json.dumps(results))
     for (name, size), count in zip(SIZES.items(), (args.photos, args.large), strict=True):
+        if not count:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             images = photos(Path(folder), size, count)
             found = {"bytes_a_file": images[0][1].stat().st_size, "input": input_side(device, images, args.workers)}

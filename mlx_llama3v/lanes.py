@@ -30,6 +30,9 @@ _THREADS = (
     ("MKL_Get_Max_Threads", "MKL_Set_Num_Threads"),
     ("openblas_get_num_threads", "openblas_set_num_threads"),
 )
+# Frees what MKL holds for each thread that ever multiplied there: 12 MB that outlive the thread (measured), which lost
+# 24 MB of every window of pictures that `embed` encoded.
+_FREE = "MKL_Free_Buffers"
 
 
 def default_lanes(items: int) -> int:
@@ -95,5 +98,7 @@ def lanes(count: int) -> Iterator[Lanes]:
         yield made
     finally:
         made.close()
+        if hasattr(process, _FREE):
+            getattr(process, _FREE)()
         for (_, put), threads in zip(found, before, strict=True):
             getattr(process, put)(threads)

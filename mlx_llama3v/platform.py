@@ -84,13 +84,17 @@ def _has_libgomp() -> bool:
 def _keep_freed_memory() -> None:
     """Let glibc keep what MLX frees: its CPU back end allocates anew for every operation, and without this each array
     of some megabytes is mapped, zeroed by the kernel and unmapped again (a training step: half of the system time,
-    3-12% of all of it). Metal and CUDA have MLX's own cache."""
+    3-12% of all of it). Metal and CUDA have MLX's own cache.
+
+    In two arenas: glibc would give every thread one, up to eight a core, and each keeps what it freed. `embed` held
+    1.2 GB after 60 pictures so, and 0.6 GB with two arenas at the same rate."""
     if sys.platform != "linux":
         return
     with suppress(OSError, AttributeError):  # musl has no mallopt
         mallopt = ctypes.CDLL(None).mallopt
-        for parameter, size in ((-3, 32 << 20), (-1, 1 << 30), (-2, 64 << 20)):  # M_MMAP_THRESHOLD, TRIM, TOP_PAD
-            mallopt(parameter, size)
+        # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX
+        for parameter, value in ((-3, 32 << 20), (-1, 1 << 30), (-2, 64 << 20), (-8, 2)):
+            mallopt(parameter, value)
 
 
 def prepare() -> None:
