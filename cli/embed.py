@@ -58,7 +58,13 @@ def embed(
     ],
     output: Annotated[Path, typer.Option("--output", help="Store to fill; an existing one goes on.")] = Path("store"),
     shard_size: Annotated[
-        int, typer.Option("--shard-size", min=1, help="Megabytes a shard: what an interruption loses at most.")
+        int,
+        typer.Option(
+            "--shard-size",
+            min=1,
+            help="Megabytes a shard. A kill loses the shard that is being filled and the pictures under way (about 12 "
+            "batches); Ctrl-C loses only these.",
+        ),
     ] = 512,
     max_slices: MaxSlices = None,
     estimate: Annotated[

@@ -2,7 +2,8 @@
 thread compresses and writes what was encoded before. All three work at once, each at most one window ahead.
 
 Pictures are stored in the order given and nothing depends on timing; a run that was killed goes on where the
-last complete shard ends.
+last complete shard ends. It lost the shard that was being filled and what was under way: a window that was written,
+one that was encoded and one that was prepared, each of four batches of slices. Ctrl-C loses only what is under way.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Fills a store: pictures wait in memory until a shard is full, so a kill loses at most one shard."""
+"""Fills a store: pictures wait in memory until a shard is full.
+
+So a kill loses at most one shard of what was put here, and beside it what had not come here yet (see embed.py).
+"""
 
 from __future__ import annotations
 
