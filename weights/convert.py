@@ -152,17 +152,9 @@ def convert(
     refuse(_mismatches(parts, model), f"{parts.siglip.directory} + {parts.llama.directory}")
     weights, layers = _finish(parts, model, quantize, dtype)
     del model  # or a tensor's memory would not be free once it is written
-    report = report_of(target, config, weights, layers)
-    total = sum(report.bytes.values())
-    check_space(target, total)
-    save_model(
-        target,
-        config,
-        drain(weights),
-        files=_files(report, parts.siglip, parts.llama),
-        shard_bytes=shard_bytes,
-        progress=progress and (lambda done: progress(done, total)),
-    )
+    files = matching(parts.llama.directory, llama_files.FILES)
+    files += [(f"siglip/{name}", path) for name, path in matching(parts.siglip.directory, siglip_files.FILES)]
+    report = write(target, config, weights, layers, files, shard_bytes, progress)
     if quantize:
         report = replace(report, probe=probe(read_llama(parts.llama.directory).weights, target, config))
     return report
@@ -194,7 +186,7 @@ def _open(
         projector_config=_projector_config(given.kind if given else str(projector), pool, siglip, llama),
         tiling=tiling or (SQUASH if given else TilingConfig()),
         image=siglip.image,
-        marker_ids=_marker_ids(llama),
+        marker_ids=marker_ids(llama.directory, llama.config["vocab_size"]),
         eos_token_ids=llama.eos_token_ids,
         siglip_text_config=siglip.text,
         quantization=quantize.setting(llama.config["num_hidden_layers"]) if quantize else llama.quantization,
@@ -227,12 +219,12 @@ def _projector_config(kind: str, pool: int | None, siglip: SiglipSource, llama: 
     )
 
 
-def _marker_ids(llama: LlamaSource) -> tuple[int, ...]:
-    """Reserved ids for the markers, which the decoder's vocabulary must contain."""
-    tokens, vocabulary = Tokens.load(llama.directory), llama.config["vocab_size"]
+def marker_ids(directory: Path, vocabulary: int) -> tuple[int, ...]:
+    """Ids for the markers from a tokenizer, which the decoder's vocabulary must contain. Raises CheckpointError."""
+    tokens = Tokens.load(directory)
     if max(tokens.marker_ids) >= vocabulary:
         raise CheckpointError(
-            f"{llama.directory}: tokenizer.json has the reserved id {max(tokens.marker_ids)}, but vocab_size "
+            f"{directory}: tokenizer.json has the reserved id {max(tokens.marker_ids)}, but vocab_size "
             f"is {vocabulary}; expected a tokenizer and weights that belong together."
         )
     return tokens.marker_ids
@@ -294,16 +286,35 @@ def _finish(
     return finished
 
 
-def report_of(
-    target: Path, config: ModelConfig, weights: dict[str, mx.array], layers: tuple[LayerReport, ...]
+def write(
+    target: Path,
+    config: ModelConfig,
+    weights: dict[str, mx.array],
+    layers: tuple[LayerReport, ...],
+    files: Iterable[tuple[str, Path]],
+    shard_bytes: int,
+    progress: Callable[[int, int], None] | None,
 ) -> ConvertReport:
-    """Sizes by part; of a model directory every tensor belongs to one."""
+    """Write a model directory: `weights`, which are emptied, copies of `files`, and what is written by us.
+
+    Raises CheckpointError where the disk cannot hold it.
+    """
     counts, sizes = measure(weights, config.quantization)
-    decoder = 8 * sizes["language_model"] / counts["language_model"]
+    decoder, total = 8 * sizes["language_model"] / counts["language_model"], sum(sizes.values())
+    _check_space(target, total)
+    card = model_card(config, sum(counts.values()))
+    save_model(
+        target,
+        config,
+        drain(weights),
+        files={**dict(files), "preprocessor_config.json": _pixels_file(config), "README.md": card},
+        shard_bytes=shard_bytes,
+        progress=progress and (lambda done: progress(done, total)),
+    )
     return ConvertReport(target, config, counts, sizes, layers, decoder)
 
 
-def check_space(target: Path, total: int) -> None:
+def _check_space(target: Path, total: int) -> None:
     """Stop before the disk is full, not after an hour. What was left under the same name will be cleared."""
     parent = next(path for path in target.parents if path.exists())
     left = leftovers(parent)
@@ -323,16 +334,7 @@ def drain(weights: dict[str, mx.array]) -> Iterator[tuple[str, mx.array]]:
         yield name, weights.pop(name)
 
 
-def _files(report: ConvertReport, siglip: SiglipSource, llama: LlamaSource) -> dict[str, Path | str]:
-    """Everything beside weights and config.json: copies, and texts made here."""
-    files: dict[str, Path | str] = dict(matching(llama.directory, llama_files.FILES))
-    files.update({f"siglip/{name}": path for name, path in matching(siglip.directory, siglip_files.FILES)})
-    files["preprocessor_config.json"] = pixels_file(report.config)
-    files["README.md"] = model_card(report.config, sum(report.parameters.values()))
-    return files
-
-
-def pixels_file(config: ModelConfig) -> str:
+def _pixels_file(config: ModelConfig) -> str:
     """preprocessor_config.json of a model directory."""
     side, image = config.vision_config.image_size, config.image
     pixels = {

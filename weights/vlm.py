@@ -12,27 +12,23 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_llama3v.checkpoint import resolve, save_model
+from mlx_llama3v.checkpoint import resolve
 from mlx_llama3v.config import ModelConfig, stop_ids
 from mlx_llama3v.directory import LEGAL_FILES, TOKENIZER_FILES, check_output
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.layout import named_layout
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.tensors import SHARD_BYTES, mismatches, read_json, refuse
-from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.vision import siglip
 from mlx_llama3v.weights import bunny, hf_llava, minicpm, vila, vision_alpha
-from mlx_llama3v.weights.card import model_card
 from mlx_llama3v.weights.convert import (
     ConvertReport,
     Plan,
-    check_space,
-    drain,
     expected,
+    marker_ids,
     matching,
-    pixels_file,
-    report_of,
     source_name,
+    write,
 )
 from mlx_llama3v.weights.export import KEPT, kept_config, restore
 from mlx_llama3v.weights.family import Family, Renamed, Source, is_clip, rename
@@ -119,22 +115,10 @@ def convert_vlm(
     source.tensors.clear()
     finished, layers = _finish(config, weights, quantize, dtype)
     weights.clear()  # or a tensor's memory would not be free once it is written
-    report = report_of(target, config, finished, layers)
-    total = sum(report.bytes.values())
-    check_space(target, total)
-    files: dict[str, Path | str] = dict(matching(source.text_directory, (*TOKENIZER_FILES, *LEGAL_FILES)))
-    files["preprocessor_config.json"] = pixels_file(config)
+    files = matching(source.text_directory, (*TOKENIZER_FILES, *LEGAL_FILES))
     if (beside := source.directory / KEPT / "siglip").is_dir():
-        files.update({f"siglip/{path.name}": path for path in sorted(beside.iterdir())})
-    files["README.md"] = model_card(config, sum(report.parameters.values()))
-    save_model(
-        target,
-        config,
-        drain(finished),
-        files=files,
-        shard_bytes=shard_bytes,
-        progress=progress and (lambda done: progress(done, total)),
-    )
+        files += [(f"siglip/{path.name}", path) for path in sorted(beside.iterdir())]
+    report = write(target, config, finished, layers, files, shard_bytes, progress)
     if quantize:
         again = Source.open(source.directory)
         before = {renamed.names[name]: v for name, v in again.tensors.items() if name in renamed.names}
@@ -170,12 +154,7 @@ def _open(
         config = replace(config, vision_mode=vision_mode)
     path = source.text_directory / "generation_config.json"
     generation = read_json(path) if path.is_file() else {}
-    tokens = Tokens.load(source.text_directory)
-    if max(tokens.marker_ids) >= config.text_config["vocab_size"]:
-        raise CheckpointError(
-            f"{source.directory}: tokenizer.json has the id {max(tokens.marker_ids)}, but vocab_size is "
-            f"{config.text_config['vocab_size']}; expected a tokenizer and weights that belong together."
-        )
+    markers = marker_ids(source.text_directory, config.text_config["vocab_size"])
     stops = config.text_config.get("eos_token_id"), source.config.get("eos_token_id"), generation.get("eos_token_id")
     name = source_name(hf_path)
     licence = licence_of(name, source.directory)
@@ -183,7 +162,7 @@ def _open(
     return (
         source,
         family,
-        replace(config, marker_ids=tokens.marker_ids, eos_token_ids=stop_ids(*stops), sources=sources),
+        replace(config, marker_ids=markers, eos_token_ids=stop_ids(*stops), sources=sources),
     )
 
 
