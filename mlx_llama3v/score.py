@@ -31,5 +31,7 @@ def probabilities(siglip: Siglip, images: Sequence[str | Path | bytes], texts: S
         pixels = cut(picture, square, siglip.image)[0]
         patches = normalised(mx.array(patchify(pixels, siglip.vision.patch_size)), siglip.image)
         pooled = tower.pooled(patches[None], positions)
-        rows.append(np.array(mx.sigmoid(siglip.model.logits(pooled, text_embeds)).astype(mx.float32))[0])
+        # In float32: a float16 sigmoid is 0 below a logit of -17, where most false statements are.
+        logits = siglip.model.logits(pooled.astype(mx.float32), text_embeds.astype(mx.float32))
+        rows.append(np.array(mx.sigmoid(logits))[0])
     return np.stack(rows)

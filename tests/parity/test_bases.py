@@ -54,12 +54,23 @@ def test_siglip_agrees_with_transformers(
     for index, scene in enumerate(pictures):
         paths.append(tmp_path / f"{index}.png")
         render(scene).save(paths[-1])
-    siglip = load_siglip(model_dir if kept else TINY / "siglip")
+    siglip = load_siglip(model_dir if kept else TINY / "siglip", "float32")
     theirs = _theirs([render(scene) for scene in pictures])
     # A statement that is false has a probability of 1e-10 and less: its logarithm, the logit, is what can differ.
     np.testing.assert_allclose(np.log(probabilities(siglip, paths, TEXTS)), np.log(theirs), rtol=1e-4, atol=1e-4)
     siglip.model.logit_bias = siglip.model.logit_bias + 0.05
     assert np.abs(np.log(probabilities(siglip, paths, TEXTS)) - np.log(theirs)).max() > 1e-2
+
+
+def test_a_tower_of_16_bit_still_tells_false_statements_apart(pictures: list[scenes.Scene], tmp_path: Path) -> None:
+    """No probability is rounded to 0: their order is what a user sorts by."""
+    render(pictures[0]).save(tmp_path / "0.png")
+    exact, short = (
+        np.log(probabilities(load_siglip(TINY / "siglip", dtype), [tmp_path / "0.png"], TEXTS))
+        for dtype in ("float32", "float16")
+    )
+    assert exact.min() < -17  # where a float16 sigmoid ends
+    np.testing.assert_allclose(short, exact, atol=0.5)
 
 
 def test_siglip_knows_the_tiny_world(tmp_path: Path) -> None:
@@ -77,7 +88,7 @@ def test_siglip_knows_the_tiny_world(tmp_path: Path) -> None:
 def test_llama_agrees_with_transformers(model_dir: Path) -> None:
     reference = transformers.LlamaForCausalLM.from_pretrained(TINY / "llama", dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY / "llama")
-    model = load_model(model_dir)
+    model = load_model(model_dir, "float32")
     text = "Two shapes: a large red circle at the top left, a small blue star at the bottom right. What shape is red?"
     ids = Tokens.load(model_dir).encode(text)
     assert ids == tokenizer.encode(text, add_special_tokens=False)
