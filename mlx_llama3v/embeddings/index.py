@@ -198,7 +198,7 @@ class Index:
 
     def locate(self, position: int) -> tuple[int, int]:
         """(number of the shard, number of the picture in it)."""
-        shard = int(np.searchsorted(self._first, position, side="right")) - 1
+        shard = int(self._first.searchsorted(position, side="right")) - 1
         return shard, position - int(self._first[shard])
 
     def _resolve(self) -> np.ndarray:
@@ -226,7 +226,7 @@ class Index:
         return self._shards[shard].sha(i)
 
     def _name(self, i: int) -> str:
-        shard = int(np.searchsorted(self._first_name, i, side="right")) - 1
+        shard = int(self._first_name.searchsorted(i, side="right")) - 1
         return self._shards[shard].name(i - int(self._first_name[shard]))
 
 
@@ -240,8 +240,11 @@ class _Table:
 
     def find(self, key: int) -> np.ndarray:
         """All positions of one key, ascending."""
-        at = np.uint64(key)
-        return self._order[np.searchsorted(self._sorted, at) : np.searchsorted(self._sorted, at, side="right")]
+        at, table = np.uint64(key), self._sorted
+        first = end = int(table.searchsorted(at))
+        while end < len(table) and table[end] == at:
+            end += 1
+        return self._order[first:end]
 
     def find_all(self, keys: np.ndarray) -> np.ndarray:
         """The first position of each key, -1 where it is not there."""

@@ -178,7 +178,7 @@ class Store:
         ends = np.cumsum([0, *(shard.size(i) for shard, i in found)])
         buffer = np.empty(ends[-1], np.uint8)
         with ExitStack() as files:
-            opened = {shard.path: files.enter_context(shard.opened()) for shard, _ in found}
+            opened = {path: files.enter_context(shard.opened()) for path, shard in _distinct(found).items()}
             return [
                 Coded(shard.index.layout(i), shard.read_from(opened[shard.path], i, buffer[start:end]) | shard.channels)
                 for (shard, i), start, end in zip(found, ends[:-1].tolist(), ends[1:].tolist(), strict=True)
@@ -191,7 +191,7 @@ class Store:
         """
         found = [self._find(name) for name in names]
         with ExitStack() as files:
-            opened = {shard.path: files.enter_context(shard.opened()) for shard, _ in found}
+            opened = {path: files.enter_context(shard.opened()) for path, shard in _distinct(found).items()}
             for shard, i in found:
                 shard.advise(opened[shard.path], i)
 
@@ -233,6 +233,11 @@ class Store:
             raise StoreError(f"{self.path} has no embedding of {name!r}{reason}; run `embed` on its data first.")
         number, i = self.index.locate(position)
         return self.shards[number], i
+
+
+def _distinct(found: Iterable[tuple[Shard, int]]) -> dict[Path, Shard]:
+    """The shards of those pictures, by file: each is opened once."""
+    return {shard.path: shard for shard, _ in found}
 
 
 def shard_files(path: Path) -> list[tuple[int, Path]]:
