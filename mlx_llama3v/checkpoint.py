@@ -237,7 +237,8 @@ def load_run(model: Llama3V, run_dir: str | Path) -> None:
 
     Projector tensors carry `Projector`'s own names; adapter tensors those of the decoder (with its LoRA or
     DoRA layers, or whole where `fine_tune_type` is "full") as mlx-lm writes them, or with `language_model.`
-    before. Raises one CheckpointError that names every tensor which is missing, unexpected or misshapen.
+    before. The decoder keeps its dtype; the projector becomes float32, as it was trained: a late step changes less
+    than 16 bits can tell. Raises one CheckpointError that names every tensor which is missing, unexpected or misshapen.
     """
     run = Path(run_dir).expanduser()
     projector, adapters = run / "projector.safetensors", run / "adapters.safetensors"
@@ -257,14 +258,15 @@ def load_run(model: Llama3V, run_dir: str | Path) -> None:
         parts.append((model.language_model, weights, expected))
     refuse(phrases, run)
     for module, weights, expected in parts:
-        learned = [(name, value.astype(expected[name].dtype)) for name, value in weights.items()]
+        dtypes = {name: mx.float32 if module is model.projector else value.dtype for name, value in expected.items()}
+        learned = [(name, value.astype(dtypes[name])) for name, value in weights.items()]
         mx.eval([value for _, value in learned])
         module.load_weights(learned, strict=False)
     model.eval()
 
 
 def load_projector(config: ModelConfig, run: str | Path) -> Projector:
-    """The projector that a run (or its projector.safetensors) holds, for a model of that configuration.
+    """The projector that a run (or its projector.safetensors) holds, in float32, for a model of that configuration.
 
     Raises one CheckpointError that names every tensor which is missing, unexpected or misshapen.
     """
@@ -274,6 +276,7 @@ def load_projector(config: ModelConfig, run: str | Path) -> Projector:
     weights = load_file(file)
     refuse([f"projector: {text}" for text in mismatches(parameters(projector), weights)], file)
     projector.load_weights([*weights.items()])
+    projector.set_dtype(mx.float32)
     mx.eval(projector.parameters())
     projector.eval()
     return projector

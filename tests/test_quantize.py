@@ -10,8 +10,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from mlx_llama3v.checkpoint import load_config, load_model, load_siglip
+from mlx_llama3v.cli.app import build
 from mlx_llama3v.directory import leftovers
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.model import layer_setting
@@ -19,7 +21,7 @@ from mlx_llama3v.tensors import read_tensors
 from mlx_llama3v.weights import TINY
 from mlx_llama3v.weights.convert import convert
 from mlx_llama3v.weights.probe import logits
-from mlx_llama3v.weights.quantize import RECIPES, QuantConfig
+from mlx_llama3v.weights.quantize import BITS, RECIPES, QuantConfig
 from mlx_llama3v.weights.vlm import convert_vlm
 from tests.forked import start
 from tests.hf_llama import LLAMA3_SCALING, make_llama
@@ -64,6 +66,21 @@ def test_mxfp4_is_read_back(llava: Path, tmp_path: Path) -> None:
 def test_settings_that_do_not_exist(bits: int, group: int, mode: str) -> None:
     with pytest.raises(CheckpointError, match=r"mxfp4|7 bits.*MLX has 2, 3, 4, 5, 6 or 8 bits|'x'"):
         QuantConfig(bits, group, mode)
+
+
+def test_seven_bits_are_refused_with_those_that_there_are() -> None:
+    """In one sentence; the list is MLX's own, and --help has it, too."""
+    with pytest.raises(CheckpointError) as refusal:
+        QuantConfig(7)
+    assert str(refusal.value).endswith("; MLX has 2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128.")
+    shown = CliRunner().invoke(build(["convert"]), ["convert", "--help"], env={"COLUMNS": "200"}).output
+    assert "Bits per weight: 2, 3, 4, 5, 6 or 8." in shown
+    for bits in range(2, 10):
+        if bits in BITS:
+            mx.eval(mx.quantize(mx.ones((32, 64)), 64, bits))
+        else:
+            with pytest.raises(ValueError, match="not supported"):
+                mx.quantize(mx.ones((32, 64)), 64, bits)
 
 
 @pytest.mark.parametrize("tie", [False, True])

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_llama3v.checkpoint import load_model
+from mlx_llama3v.checkpoint import load_config, load_model, load_projector, load_run, read_model
 from mlx_llama3v.inference import load
-from mlx_llama3v.tensors import read_tensors
+from mlx_llama3v.tensors import parameters, read_tensors
 from mlx_llama3v.weights.convert import convert, plan
 from mlx_llama3v.weights.export import export_hf
+from mlx_llama3v.weights.fuse import fuse
 from mlx_llama3v.weights.quantize import QuantConfig
 from mlx_llama3v.weights.vlm import convert_vlm, plan_vlm
 from tests.family_parity import prompt_logits
@@ -95,6 +96,35 @@ def test_sixteen_bits_answer_as_the_same_values_in_float32(half: Path, tmp_path:
     assert np.array_equal(found, expected)
     edit(small.path, lambda w: w.update({"projector.body.linear_2.bias": w["projector.body.linear_2.bias"] + 1}))
     assert not np.array_equal(prompt_logits(load(small.path), image, "What?"), expected)
+
+
+def test_what_a_run_learned_is_not_rounded(half: Path, tmp_path: Path) -> None:
+    """Its projector is float32, and stays so where the model has 16 bit: opened to write again, fused, exported."""
+    model = convert_vlm(half, tmp_path / "model").path
+    learned = {name: value + 1e-5 for name, value in parameters(load_model(model).projector).items()}
+    (tmp_path / "run").mkdir()
+    mx.save_safetensors(str(tmp_path / "run" / "projector.safetensors"), learned)
+    for opened in (read_model(model), load_model(model)):
+        load_run(opened, tmp_path / "run")
+        assert all(mx.array_equal(value, learned[name]) for name, value in parameters(opened.projector).items())
+    exported = convert_vlm(export_hf(model, tmp_path / "hf", run=tmp_path / "run"), tmp_path / "again").path
+    for written in (fuse(model, tmp_path / "run", tmp_path / "fused"), exported):
+        held = read_tensors(written, ("projector.body.",))
+        assert {value.dtype for value in held.values()} == {mx.float32}
+        assert all(mx.array_equal(value, learned[name.removeprefix("projector.")]) for name, value in held.items())
+        assert dtypes(written, "language_model.") == {mx.bfloat16}
+
+
+def test_a_narrow_projector_is_widened_by_whoever_computes(half: Path, tmp_path: Path) -> None:
+    model = convert_vlm(half, tmp_path / "model").path
+    mx.save_safetensors(str(tmp_path / "projector.safetensors"), parameters(read_model(model).projector))
+    found = parameters(load_projector(load_config(model), tmp_path / "projector.safetensors"))
+    assert {value.dtype for value in found.values()} == {mx.float32}
+
+
+def test_the_card_says_what_is_quantized(half: Path, tmp_path: Path) -> None:
+    card = (convert_vlm(half, tmp_path / "model", quantize=QUANT).path / "README.md").read_text()
+    assert ", the decoder quantized to 4 bits, joined by" in card
 
 
 def test_a_sixteen_bit_model_survives_export(half: Path, wide: Path, tmp_path: Path) -> None:

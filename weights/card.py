@@ -51,7 +51,7 @@ def model_card(config: ModelConfig, parameters: int, *, name: str = "", facts: R
     run, whole = config.sources.get("run"), config.sources.get("model")
     bases = base_models(config)
     parts = " and ".join(f"the {part} of `{base}`" for part, base in bases.items())
-    bits = f", quantized to {config.quantization['bits']} bits" if config.quantization else ""
+    bits = f", the decoder quantized to {config.quantization['bits']} bits" if config.quantization else ""
     state = _TRAINED.format(run=run) if run else _FINISHED if whole else _GIVEN if "projector" in bases else _FRESH
     sections = [
         f"# {name.rpartition('/')[2] or whole or ' + '.join(bases.values())}",

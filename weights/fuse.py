@@ -22,8 +22,9 @@ _REMADE = ("config.json", "README.md", "model*.safetensors*", ".*")
 def fuse(model_dir: str | Path, run_dir: str | Path, out_dir: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
     """Write `model_dir` with what `run_dir` trained merged in; dtypes and quantization stay as they are.
 
-    A quantized layer is merged at full precision and quantized again, which rounds the adapter. Returns the
-    absolute path of `out_dir`. Raises CheckpointError as `load_run` and `save_model` do.
+    But for the run's projector, which is float32, as it was trained. A quantized layer is merged at full precision and
+    quantized again, which rounds the adapter. Returns the absolute path of `out_dir`. Raises CheckpointError as
+    `load_run` and `save_model` do.
     """
     source, target = resolve(model_dir).resolve(), check_output(out_dir)
     model = read_model(source)

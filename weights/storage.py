@@ -25,9 +25,9 @@ def stored(
 
     `tower` holds vision_tower.*, text_tower.* and logit_*. All parts are in `dtype`, by default as they come; with
     `quantize` tower and projector are then in 16 bit, where they come in 32. A projector that is not `trained` is
-    float32 always: training starts from it, and what is learned is merged back in the dtype that it has here
-    (`fuse`), where bfloat16 would round most of a late step's changes away. Loading makes float32 of any (see
-    `load_model`).
+    float32 always: it is nothing but where training starts, and one seed gives one start, whatever the precision of
+    the directory around it. Loading makes float32 of any (see `load_model`), and what a run learned stays so (see
+    `load_run`).
     """
     asked = parse_dtype(dtype) if dtype else None
 
