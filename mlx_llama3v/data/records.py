@@ -6,16 +6,20 @@ A row that cannot be used is a `Problem`, not an exception: it is counted, shown
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+
+import msgspec
 
 from mlx_llama3v.text.prompt import Message
 
+_TOGETHER = 4096  # records that are hashed at once: few calls, little memory
 
-@dataclass(frozen=True)
-class Record:
+
+class Record(msgspec.Struct, frozen=True, gc=False):
     """One conversation. `Message.images` are indices into `images`, the names of its pictures."""
 
     id: str
@@ -57,6 +61,18 @@ class RecordFile:
     def images(self) -> tuple[str, ...]:
         """Names of all pictures, each once, in the order of their first use."""
         return tuple(dict.fromkeys(name for record in self.records for name in record.images))
+
+
+def records_digest(records: Sequence[Record]) -> str:
+    """SHA-256 of all that the records say, in their order."""
+    found = sha256()
+    for start in range(0, len(records), _TOGETHER):
+        some = list(records[start : start + _TOGETHER])
+        try:
+            found.update(msgspec.json.encode(some))
+        except UnicodeEncodeError:  # a file name that is no UTF-8
+            found.update(repr(some).encode("utf-8", "surrogatepass"))
+    return found.hexdigest()
 
 
 @contextmanager

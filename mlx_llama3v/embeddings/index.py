@@ -6,10 +6,10 @@ picture by name or content hash by bisection.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,13 @@ TENSORS: dict[str, tuple[type, tuple[int, ...]]] = {
 
 def name_key(name: str) -> int:
     """64 bits that stand for a name in a sorted table; equal keys are told apart by the names themselves."""
-    return int.from_bytes(hashlib.blake2b(_bytes(name), digest_size=8).digest(), "little")
+    return int.from_bytes(blake2b(_bytes(name), digest_size=8).digest(), "little")
+
+
+def name_keys(names: Iterable[str]) -> np.ndarray:
+    """`name_key` of many, uint64 [n]."""
+    hashed = b"".join([blake2b(_bytes(name), digest_size=8).digest() for name in names])
+    return np.frombuffer(hashed, "<u8").astype(np.uint64, copy=False)
 
 
 def sha_bytes(sha: str) -> bytes:
@@ -57,7 +63,7 @@ class ShardIndex:
             "index.layouts": [[*at.overview, at.rows, at.cols, *at.tile] for _, at in pictures],
             "index.names": joined + b"\0" * (-len(joined) % 8),  # what follows in the file stays aligned
             "index.name_ends": np.cumsum([len(name) for name in spelled]),
-            "index.name_keys": [name_key(name) for name in names],
+            "index.name_keys": name_keys(names),
             "index.name_sha": b"".join(sha_bytes(sha) for sha in names.values()),
         }
         tensors: dict[str, np.ndarray] = {}
@@ -182,7 +188,7 @@ class Index:
 
         By 64-bit keys alone where a key occurs once; `find_name`, which each read uses, compares the names.
         """
-        keys = np.array([name_key(name) for name in names], np.uint64)
+        keys = name_keys(names)
         first, count = self._keys.spans(keys)
         found = np.full(len(names), -1, np.int64)
         found[count == 1] = self._picture[first[count == 1]]
@@ -266,6 +272,17 @@ class _Table:
         for start in starts:
             end = int(np.searchsorted(self._sorted, self._sorted[start], side="right"))
             yield self._order[start:end]
+
+
+def distinct_layouts(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct rows of a table `index.layouts` [n, 6], and which of them each row is, int64 [n].
+
+    As np.unique(axis=0), which compares rows as bytes and takes ten times as long; three numbers fit one of 64 bits.
+    """
+    halves = (rows[:, :3].astype(np.int64), rows[:, 3:].astype(np.int64))
+    a, b = (np.unique((half[:, 0] << 32) + (half[:, 1] << 16) + half[:, 2], return_inverse=True)[1] for half in halves)
+    _, first, which = np.unique((a << 32) + b, return_index=True, return_inverse=True)
+    return rows[first], which
 
 
 def _prefix(sha: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ import numpy as np
 
 from mlx_llama3v.config import Encoded, SliceLayout
 from mlx_llama3v.embeddings.codec import Codec, Parts, get_codec, misfit, saturate, width
-from mlx_llama3v.embeddings.index import Index
+from mlx_llama3v.embeddings.index import Index, distinct_layouts
 from mlx_llama3v.embeddings.shard import SCHEMA, Shard, damaged, read_shard, write_atomic
 from mlx_llama3v.errors import StoreError
 
@@ -154,10 +154,10 @@ class Store:
         names = list(names)
         positions = self.index.find_names(names)
         tables = [np.empty((0, 6), np.int32), *(shard.index.tensors["index.layouts"] for shard in self.shards)]
-        kinds, which = np.unique(np.concatenate(tables)[positions[positions >= 0]], axis=0, return_inverse=True)
+        kinds, which = distinct_layouts(np.concatenate(tables)[positions[positions >= 0]])
         made = [SliceLayout((oh, ow), rows, cols, (th, tw)) for oh, ow, rows, cols, th, tw in kinds.tolist()]
         here = (name for name, position in zip(names, positions.tolist(), strict=True) if position >= 0)
-        return {name: made[kind] for name, kind in zip(here, which.reshape(-1).tolist(), strict=True)}
+        return {name: made[kind] for name, kind in zip(here, which.tolist(), strict=True)}
 
     def read(self, name: str) -> Encoded:
         """One picture's embeddings, float16 [layout.patches, D]. Safe in several threads at once.

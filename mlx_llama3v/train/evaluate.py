@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from hashlib import sha256
 
 import mlx.core as mx
+from msgspec.structs import replace
 
 from mlx_llama3v.data.batches import collate, order
 from mlx_llama3v.data.records import Record

@@ -24,7 +24,7 @@ import numpy as np
 
 from mlx_llama3v import plan
 from mlx_llama3v.data.batches import Batch
-from mlx_llama3v.data.records import Problem, Record
+from mlx_llama3v.data.records import Problem, Record, records_digest
 from mlx_llama3v.data.rows import Row, RowLayout, build_rows
 from mlx_llama3v.embeddings.lock import Lock
 from mlx_llama3v.embeddings.store import Reader
@@ -216,11 +216,7 @@ class _Run:
     def _settings(self) -> dict[str, Any]:
         """All that the result depends on and that a resumed run could get wrong."""
         settings = {key: value for key, value in self.config.to_dict().items() if key not in _FREE}
-        rows = sha256()
-        for record in self.rows.records:
-            said = [(message.role, message.text, message.images) for message in record.messages]
-            rows.update(repr((record.id, record.images, said)).encode("utf-8", "surrogatepass"))
-        settings["rows"] = rows.hexdigest()
+        settings["rows"] = records_digest(self.rows.records)
         settings["tokenizer"] = sha256((self.tokens.to_json() + repr(self.tokens.layout)).encode()).hexdigest()
         settings["embeddings"], settings["codec"] = self.store.manifest.digest, self.store.codec.name
         if STAGES[self.config.stage].trains == "decoder":  # frozen, so no checkpoint brings it back
