@@ -131,3 +131,10 @@ def test_the_last_line_names_what_a_run_holds(store: Store, tmp_path: Path) -> N
     assert command.written(sft) == ["adapters (lora)", "projector as it was"]
     both = run(settings("sft", iters=1, tune="full", tune_projector=True), store, tmp_path / "c")
     assert command.written(both) == ["adapters: the whole decoder", "projector"]
+
+
+@pytest.mark.parametrize(("device", "compiled"), [("metal", True), ("cuda", False), ("cpu", False)])
+def test_the_step_is_compiled_where_that_pays(device: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_llama3v.train.config.device_name", lambda: device)
+    assert TrainConfig().resolved().compile is compiled
+    assert TrainConfig(compile=not compiled).resolved().compile is not compiled
