@@ -14,10 +14,11 @@ from mlx_llama3v.cli.options import MaxSlices, Offline, settings_options, split_
 from mlx_llama3v.config import TilingConfig
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.knob import knob
-from mlx_llama3v.weights.convert import ConvertReport, Plan, plan
+from mlx_llama3v.weights.convert import ConvertReport, Plan, open_parts, plan
 from mlx_llama3v.weights.convert import convert as convert_checkpoints
 from mlx_llama3v.weights.quantize import QuantConfig
-from mlx_llama3v.weights.vlm import convert_vlm, plan_vlm
+from mlx_llama3v.weights.storage import Storage
+from mlx_llama3v.weights.vlm import convert_vlm, open_vlm, plan_vlm
 
 
 @dataclass(frozen=True)
@@ -99,16 +100,15 @@ def _joined(
     parts: dict[str, Any] = {
         "projector": making.projector,
         "tiling": slices,
-        "quantize": quant,
-        "dtype": making.dtype,
         "prompt_layout": making.prompt_layout,
         "offline": offline,
     }
     if dry_run:
-        print_plan(plan(vision, llm, **parts))
+        print_plan(plan(open_parts(vision, llm, Storage(quant, making.dtype), **parts)))
         return
+    stored: dict[str, Any] = {"quantize": quant, "dtype": making.dtype, "seed": making.seed}
     with show.bar("convert", "MB") as bar:
-        report = convert_checkpoints(vision, llm, mlx_path, seed=making.seed, progress=megabytes(bar), **parts)
+        report = convert_checkpoints(vision, llm, mlx_path, progress=megabytes(bar), **stored, **parts)
     print_report(report)
 
 
@@ -121,18 +121,16 @@ def _finished(
     hf_path: str, mlx_path: Path, making: Making, quant: QuantConfig | None, dry_run: bool, offline: bool
 ) -> None:
     """Convert a finished model, or say what that would do."""
-    options: dict[str, Any] = {
-        "quantize": quant,
-        "dtype": making.dtype,
+    whole: dict[str, Any] = {
         "prompt_layout": making.prompt_layout,
         "vision_mode": making.vision_mode,
         "offline": offline,
     }
     if dry_run:
-        print_plan(plan_vlm(hf_path, **options))
+        print_plan(plan_vlm(open_vlm(hf_path, Storage(quant, making.dtype), **whole)))
         return
     with show.bar("convert", "MB") as bar:
-        report = convert_vlm(hf_path, mlx_path, progress=megabytes(bar), **options)
+        report = convert_vlm(hf_path, mlx_path, quantize=quant, dtype=making.dtype, progress=megabytes(bar), **whole)
     show.out.print(f"{report.config.sources['family']}, prompt layout {report.config.prompt_layout.name}.")
     print_report(report)
 

@@ -88,9 +88,7 @@ def embed(
         _estimate(model, data, output, settings, json, strict)
         return
     if json:
-        raise DataError(
-            "--json belongs to --estimate; the store itself is described by `llama3v-mlx store info --json`."
-        )
+        raise DataError("--json belongs to --estimate; `llama3v-mlx store info --json` describes the store itself.")
     settings |= {"check_disk": check_disk, "shard_bytes": shard_size << 20}
     with show.bar("embed", "images") as bar:
         report = embed_data(model, data, output, **settings, progress=lambda p: bar.update(p.done, p.total, _note(p)))

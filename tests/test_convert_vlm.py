@@ -12,7 +12,8 @@ from mlx_llama3v.checkpoint import load_config
 from mlx_llama3v.config import ModelConfig
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.weights.quantize import QuantConfig
-from mlx_llama3v.weights.vlm import convert_vlm, plan_vlm
+from mlx_llama3v.weights.storage import Storage
+from mlx_llama3v.weights.vlm import convert_vlm, open_vlm, plan_vlm
 from tests.hf_edit import copy, edit, edit_json
 from tests.hf_llava import make_llava
 
@@ -85,7 +86,7 @@ def test_missing_left_over_and_misshapen_tensors_are_named_at_once(llava: Path, 
 
 def test_dry_run_names_every_tensor_and_writes_nothing(llava: Path, tmp_path: Path) -> None:
     before = sorted(llava.iterdir())
-    plan = plan_vlm(llava, dtype="float16")
+    plan = plan_vlm(open_vlm(llava, Storage(dtype="float16")))
     names = set(mx.load(str(llava / "model.safetensors")))
     assert set(plan.renamed.names) | set(plan.renamed.skipped) == names
     assert plan.name == "hf-llava" and not plan.renamed.unknown and not plan.problems
@@ -108,4 +109,4 @@ def test_the_layout_is_a_value_in_config_json(llava: Path, tmp_path: Path) -> No
     convert_vlm(llava, tmp_path / "v", prompt_layout="vicuna")
     assert load_config(tmp_path / "v").prompt_layout.assistant == "ASSISTANT:"
     with pytest.raises(CheckpointError, match="prompt layout is 'nonsense'"):
-        plan_vlm(llava, prompt_layout="nonsense")
+        open_vlm(llava, Storage(), prompt_layout="nonsense")

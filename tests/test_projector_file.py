@@ -17,7 +17,8 @@ from mlx_llama3v.checkpoint import load_config, load_siglip
 from mlx_llama3v.cli.app import build
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.tensors import read_tensors
-from mlx_llama3v.weights.convert import convert, plan
+from mlx_llama3v.weights.convert import convert, open_parts, plan
+from mlx_llama3v.weights.storage import Storage
 from mlx_llama3v.weights.vlm import convert_vlm
 from tests import hf_family as hf
 from tests.family_parity import agree, answer, gap
@@ -149,7 +150,7 @@ def test_dry_run_of_two_and_of_three_checkpoints(parts: Parts, tmp_path: Path) -
     """Family, every name, what is left over or missing, sizes; and nothing is written."""
     file = saved(tmp_path / "p.safetensors", parts.state("model.mm_projector."))
     for projector, name in (("attention", "siglip + llama"), (str(file), "siglip + llama + projector")):
-        found = plan(parts.siglip, parts.llama, projector=projector, dtype="float16")
+        found = plan(open_parts(parts.siglip, parts.llama, Storage(dtype="float16"), projector=projector))
         assert (found.name, found.problems, found.renamed.unknown) == (name, (), ())
         report = convert(parts.siglip, parts.llama, tmp_path / name, projector=projector, dtype="float16")
         assert found.bytes_after == sum(report.bytes.values()) and found.bytes_before > found.bytes_after / 2
@@ -157,7 +158,7 @@ def test_dry_run_of_two_and_of_three_checkpoints(parts: Parts, tmp_path: Path) -
         fresh = {n for n in ours if n.startswith("projector.")} if projector == "attention" else set()
         assert set(found.renamed.names.values()) == ours - fresh
     spoilt = saved(tmp_path / "q.safetensors", {**parts.state(""), "stray": torch.zeros(1)})
-    found = plan(parts.siglip, parts.llama, projector=spoilt)
+    found = plan(open_parts(parts.siglip, parts.llama, Storage(), projector=spoilt))
     assert found.renamed.unknown == ("projector: stray",) and found.bytes_after == 0
     arguments = ["convert", "--vision", str(parts.siglip), "--llm", str(parts.llama), "--projector", str(spoilt)]
     out = CliRunner().invoke(build(["convert"]), [*arguments, "--mlx-path", str(tmp_path / "m"), "--dry-run"]).output
@@ -173,7 +174,7 @@ def test_the_dry_run_names_what_is_missing_and_dropped(tmp_path: Path) -> None:
     buffers = {"vision_model.embeddings.position_ids": mx.arange(16)[None]}
     edit(vision, lambda w: (w.update(buffers), w.pop("text_model.head.bias")))
     edit(llm, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"], "stray.weight": mx.zeros(2)}))
-    found = plan(vision, llm)
+    found = plan(open_parts(vision, llm, Storage()))
     assert found.problems == ("missing text_tower.head.bias",)
     assert found.renamed.unknown == ("llm: stray.weight",)
     assert found.renamed.skipped == ("vision: vision_model.embeddings.position_ids", "llm: lm_head.weight")

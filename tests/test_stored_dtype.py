@@ -10,13 +10,15 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_llama3v.checkpoint import load_config, load_model, load_projector, load_run, read_model
+from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.inference import load
 from mlx_llama3v.tensors import parameters, read_tensors
-from mlx_llama3v.weights.convert import convert, plan
+from mlx_llama3v.weights.convert import convert, open_parts, plan
 from mlx_llama3v.weights.export import export_hf
 from mlx_llama3v.weights.fuse import fuse
 from mlx_llama3v.weights.quantize import QuantConfig
-from mlx_llama3v.weights.vlm import convert_vlm, plan_vlm
+from mlx_llama3v.weights.storage import Storage
+from mlx_llama3v.weights.vlm import convert_vlm, open_vlm, plan_vlm
 from tests.family_parity import prompt_logits
 from tests.hf_edit import copy, edit
 from tests.hf_llama import make_llama
@@ -79,7 +81,7 @@ def test_as_stored_or_as_asked(
         target = tmp_path / source.name
         report = convert_vlm(source, target, quantize=quantize, dtype=dtype)
         assert dtypes(target) == dtypes(target, "vision_tower.") == {expected}
-        found = plan_vlm(source, quantize=quantize, dtype=dtype)
+        found = plan_vlm(open_vlm(source, Storage(quantize, dtype)))
         held = sum(value.nbytes for value in read_tensors(target).values())
         assert found.bytes_after == sum(report.bytes.values()) == held
 
@@ -142,7 +144,7 @@ def test_a_projector_file_keeps_its_dtype(dtype: str | None, expected: mx.Dtype,
     mx.save_safetensors(str(file), {name: value.astype(mx.float16) for name, value in values.items()})
     report = convert(vision, llm, tmp_path / "model", projector=file, dtype=dtype)
     assert dtypes(tmp_path / "model") == {expected}
-    assert plan(vision, llm, projector=file, dtype=dtype).bytes_after == sum(report.bytes.values())
+    assert plan(open_parts(vision, llm, Storage(dtype=dtype), projector=file)).bytes_after == sum(report.bytes.values())
 
 
 def test_a_fresh_projector_is_float32_whatever_is_asked(tmp_path: Path) -> None:
@@ -151,3 +153,17 @@ def test_a_fresh_projector_is_float32_whatever_is_asked(tmp_path: Path) -> None:
     convert(vision, llm, tmp_path / "model", dtype="float16", quantize=QUANT)
     assert dtypes(tmp_path / "model") == {mx.float32}
     assert dtypes(tmp_path / "model", "vision_tower.") == {mx.float16}
+
+
+def test_an_unknown_dtype_is_refused_before_anything_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="dtype is 'int8'"):
+        convert_vlm(tmp_path / "nowhere", tmp_path / "model", dtype="int8")
+
+
+@pytest.mark.parametrize("storage", [Storage(), Storage(dtype="float16"), Storage(QUANT)])
+def test_the_seed_alone_makes_a_fresh_projector(storage: Storage, tmp_path: Path) -> None:
+    vision, llm = make_siglip(tmp_path / "v"), make_llama(tmp_path / "l")
+    plain = convert(vision, llm, tmp_path / "plain", seed=3).path
+    other = convert(vision, llm, tmp_path / "m", seed=3, quantize=storage.quantize, dtype=storage.dtype).path
+    found, expected = (read_tensors(path, ("projector.",)) for path in (other, plain))
+    assert all(mx.array_equal(value, expected[name]) for name, value in found.items()) and dtypes(other) == {mx.float32}

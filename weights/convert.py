@@ -35,7 +35,7 @@ from mlx_llama3v.weights.probe import Probe, probe
 from mlx_llama3v.weights.projector_file import ProjectorFile, is_file_like, read_projector
 from mlx_llama3v.weights.quantize import LayerReport, QuantConfig, measure
 from mlx_llama3v.weights.siglip import SiglipSource, read_siglip
-from mlx_llama3v.weights.storage import stored
+from mlx_llama3v.weights.storage import Storage, stored
 
 
 @dataclass(frozen=True)
@@ -70,29 +70,18 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
     """The checkpoints of a conversion, and the model that they make."""
 
     siglip: SiglipSource
     llama: LlamaSource
     given: ProjectorFile | None  # a projector that others trained
     config: ModelConfig
+    storage: Storage
 
 
-def plan(
-    vision: str | Path,
-    llm: str | Path,
-    *,
-    projector: str | Path = "attention",
-    pool: int | None = None,
-    tiling: TilingConfig | None = None,
-    quantize: QuantConfig | None = None,
-    dtype: str | None = None,
-    prompt_layout: str | None = None,
-    offline: bool = False,
-) -> Plan:
-    """What `convert` would do, without writing; arguments as there. Raises CheckpointError for other models."""
-    parts = _open(vision, llm, projector, pool, tiling, quantize, prompt_layout, offline)
+def plan(parts: Parts) -> Plan:
+    """What `convert` would do, without writing."""
     siglip, llama, given = parts.siglip, parts.llama, parts.given
     model = _model(parts)
     wanted = expected(parts.config, model)
@@ -111,7 +100,7 @@ def plan(
     found = {name: v for name, v in {**fresh, **read}.items() if name in wanted}
     problems = tuple(mismatches(wanted, found))
     before = sum(value.nbytes for value in read.values())
-    finished = {} if problems or renamed.unknown else _finish(parts, model, quantize, dtype)[0]
+    finished = {} if problems or renamed.unknown else _finish(parts, model)[0]
     after = sum(value.nbytes for value in finished.values())
     name = "siglip + llama + projector" if given else "siglip + llama"
     title = "a trained projector between two models" if given else "two models and a fresh projector"
@@ -134,23 +123,28 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConvertReport:
-    """Join a SigLIP and a Llama-3 checkpoint (directories or Hub ids) in a new model directory.
+    """Join a SigLIP and a Llama-3 checkpoint in a new model directory; see `open_parts` and Storage for the arguments.
 
-    `projector` is the kind of a fresh one, or a file (directory, Hub id) with a trained one of LLaVA's kinds: the model
-    is then run as llama-3-vision-alpha is (last but one hidden state, one square, its prompt or `prompt_layout`).
-    `pool` is the projector's pooling factor (default 3, or 2 for towers of fewer than 12 patches a side);
-    `dtype` is that of all parts but a fresh projector, which is float32 because training goes on from it (see
-    `stored`; default: as the checkpoints have it); `seed` makes that projector (it seeds MLX's global generator);
+    `seed` makes a fresh projector (it seeds MLX's global generator), which is float32 (see `stored`);
     `progress(done, total)` counts bytes. Raises CheckpointError, and before anything is written names every tensor
     that is missing, unexpected or of the wrong shape.
     """
-    target = check_output(mlx_path)
-    parts = _open(vision, llm, projector, pool, tiling, quantize, prompt_layout, offline)
+    target, storage = check_output(mlx_path), Storage(quantize, dtype)
+    parts = open_parts(
+        vision,
+        llm,
+        storage,
+        projector=projector,
+        pool=pool,
+        tiling=tiling,
+        prompt_layout=prompt_layout,
+        offline=offline,
+    )
     config = parts.config
     mx.random.seed(seed)
     model = _model(parts)
     refuse(_mismatches(parts, model), f"{parts.siglip.directory} + {parts.llama.directory}")
-    weights, layers = _finish(parts, model, quantize, dtype)
+    weights, layers = _finish(parts, model)
     del model  # or a tensor's memory would not be free once it is written
     files = matching(parts.llama.directory, llama_files.FILES)
     files += [(f"siglip/{name}", path) for name, path in matching(parts.siglip.directory, siglip_files.FILES)]
@@ -160,18 +154,26 @@ def convert(
     return report
 
 
-def _open(
+def open_parts(
     vision: str | Path,
     llm: str | Path,
-    projector: str | Path,
-    pool: int | None,
-    tiling: TilingConfig | None,
-    quantize: QuantConfig | None,
-    prompt_layout: str | None,
-    offline: bool,
-) -> _Parts:
+    storage: Storage,
+    *,
+    projector: str | Path = "attention",
+    pool: int | None = None,
+    tiling: TilingConfig | None = None,
+    prompt_layout: str | None = None,
+    offline: bool = False,
+) -> Parts:
+    """Two checkpoints (directories or Hub ids), lazily read, and the projector between them.
+
+    `projector` is the kind of a fresh one, or a file (directory, Hub id) with a trained one of LLaVA's kinds: the model
+    is then run as llama-3-vision-alpha is (last but one hidden state, one square, its prompt or `prompt_layout`).
+    `pool` is the projector's pooling factor (default 3, or 2 for towers of fewer than 12 patches a side). Raises
+    CheckpointError for other models.
+    """
     siglip, llama = read_siglip(resolve(vision, offline)), read_llama(resolve(llm, offline))
-    if quantize and llama.quantization:
+    if storage.quantize and llama.quantization:
         raise CheckpointError(f"{llm} is already quantized to {llama.quantization['bits']} bits; leave -q out.")
     given = read_projector(projector, offline) if is_file_like(str(projector)) else None
     sources = {
@@ -189,7 +191,7 @@ def _open(
         marker_ids=marker_ids(llama.directory, llama.config["vocab_size"]),
         eos_token_ids=llama.eos_token_ids,
         siglip_text_config=siglip.text,
-        quantization=quantize.setting(llama.config["num_hidden_layers"]) if quantize else llama.quantization,
+        quantization=llama.quantization or storage.setting(llama.config),
         sources=sources,
     )
     if given:
@@ -198,7 +200,7 @@ def _open(
         config = replace(config, vision_feature_layer=-2, prompt_layout=layout)
     elif prompt_layout:
         raise CheckpointError("a prompt layout goes with a trained model; a fresh projector is trained with ours.")
-    return _Parts(siglip, llama, given, config)
+    return Parts(siglip, llama, given, config, storage)
 
 
 def _projector_config(kind: str, pool: int | None, siglip: SiglipSource, llama: LlamaSource) -> ProjectorConfig:
@@ -236,7 +238,7 @@ def source_name(path_or_repo: str | Path) -> str:
     return path.resolve().name if path.exists() else str(path_or_repo)
 
 
-def _model(parts: _Parts) -> Llama3V:
+def _model(parts: Parts) -> Llama3V:
     """The model without the decoder's weights: layers as they are stored, a fresh projector."""
     model, llama = Llama3V(parts.config), parts.llama
     if llama.quantization:
@@ -256,7 +258,7 @@ def expected(config: ModelConfig, model: Llama3V) -> dict[str, mx.array]:
     return {**siglip_files.rename(tower), **parameters(model)}
 
 
-def _mismatches(parts: _Parts, model: Llama3V) -> list[str]:
+def _mismatches(parts: Parts, model: Llama3V) -> list[str]:
     """A phrase for each tensor that does not fit, in all checkpoints."""
     found = model.sanitize(parts.llama.weights)
     named = {name.removeprefix(llama_files.PREFIX): value for name, value in found.items()}
@@ -269,20 +271,17 @@ def _mismatches(parts: _Parts, model: Llama3V) -> list[str]:
     return phrases
 
 
-def _finish(
-    parts: _Parts, model: Llama3V, quantize: QuantConfig | None, dtype: str | None
-) -> tuple[dict[str, mx.array], tuple[LayerReport, ...]]:
+def _finish(parts: Parts, model: Llama3V) -> tuple[dict[str, mx.array], tuple[LayerReport, ...]]:
     """All lazy tensors of the new directory, and the quantization of each layer.
 
     The sources are emptied, so that a tensor's memory is free once it is written.
     """
-    siglip, llama = parts.siglip, parts.llama
-    model.load_weights(list(model.sanitize(llama.weights).items()), strict=False)
-    if parts.given:
-        model.load_weights(list(parts.given.weights.items()), strict=False)
-    finished = stored(model, siglip.weights, quantize, dtype, trained=parts.given is not None)
-    siglip.weights.clear()
-    llama.weights.clear()
+    given = parts.given.weights if parts.given else {}
+    read = {**model.sanitize(parts.llama.weights), **given}
+    model.load_weights(list(read.items()), strict=False)
+    finished = stored(model, parts.siglip.weights, parts.storage, trained=parts.given is not None)
+    for source in (parts.siglip.weights, parts.llama.weights, given):
+        source.clear()
     return finished
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_map
@@ -13,38 +15,50 @@ from mlx_llama3v.tensors import parameters
 from mlx_llama3v.weights.quantize import LayerReport, QuantConfig, quantize_model, quantize_tower
 
 
+@dataclass(frozen=True)
+class Storage:
+    """What was asked for: bits of the decoder (and the tower), and the dtype of all else; None: as it comes.
+
+    Raises CheckpointError for a dtype that does not exist.
+    """
+
+    quantize: QuantConfig | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            parse_dtype(self.dtype)
+
+    def setting(self, text_config: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The quantization of such a decoder as config.json has it; None where there is none."""
+        return self.quantize.setting(text_config["num_hidden_layers"]) if self.quantize else None
+
+    def cast(self, value: mx.array) -> mx.array:
+        """A tensor that is not quantized: 16 bit beside what is, where it comes in 32."""
+        if self.dtype is not None:
+            return value.astype(parse_dtype(self.dtype))
+        return value.astype(mx.bfloat16) if self.quantize and value.dtype == mx.float32 else value
+
+
 def stored(
-    model: Llama3V,
-    tower: Mapping[str, mx.array],
-    quantize: QuantConfig | None,
-    dtype: str | None,
-    *,
-    trained: bool,
+    model: Llama3V, tower: Mapping[str, mx.array], storage: Storage, *, trained: bool
 ) -> tuple[dict[str, mx.array], tuple[LayerReport, ...]]:
     """All tensors of a model directory, lazy, and the quantization of each layer; `model` is changed in place.
 
-    `tower` holds vision_tower.*, text_tower.* and logit_*. All parts are in `dtype`, by default as they come; with
-    `quantize` tower and projector are then in 16 bit, where they come in 32. A projector that is not `trained` is
-    float32 always: it is nothing but where training starts, and one seed gives one start, whatever the precision of
-    the directory around it. Loading makes float32 of any (see `load_model`), and what a run learned stays so (see
-    `load_run`).
+    `tower` holds vision_tower.*, text_tower.* and logit_*. A projector that is not `trained` is float32 always: it is
+    nothing but where training starts, and one seed gives one start, whatever the precision of the directory around it.
+    Loading makes float32 of any (see `load_model`), and what a run learned stays so (see `load_run`).
     """
-    asked = parse_dtype(dtype) if dtype else None
-
-    def cast(value: mx.array) -> mx.array:
-        narrow = mx.bfloat16 if quantize and value.dtype == mx.float32 else value.dtype
-        return value.astype(asked or narrow)
-
     # logit_scale and logit_bias are two numbers; rounding them would buy nothing.
-    tower = {name: v if name.startswith("logit_") else cast(v) for name, v in tower.items()}
+    tower = {name: v if name.startswith("logit_") else storage.cast(v) for name, v in tower.items()}
     if trained:
-        model.projector.update(tree_map(cast, model.projector.parameters()))
-    if asked:
-        model.language_model.set_dtype(asked)
+        model.projector.update(tree_map(storage.cast, model.projector.parameters()))
+    if storage.dtype is not None:
+        model.language_model.set_dtype(parse_dtype(storage.dtype))
     layers: tuple[LayerReport, ...] = ()
-    if quantize and (setting := model.config.quantization):
+    if storage.quantize and (setting := model.config.quantization):
         layers = quantize_model(model, setting)
-        if quantize.tower:
+        if storage.quantize.tower:
             tower, more = quantize_tower(tower, model.config.vision_config, setting)
             layers += more
     return {**tower, **parameters(model)}, layers

@@ -7,7 +7,7 @@ compared before one is read; then they pass through one at a time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -36,7 +36,7 @@ from mlx_llama3v.weights.licences import licence_of
 from mlx_llama3v.weights.probe import probe
 from mlx_llama3v.weights.projector_file import refuse_projector_only
 from mlx_llama3v.weights.quantize import LayerReport, QuantConfig
-from mlx_llama3v.weights.storage import stored
+from mlx_llama3v.weights.storage import Storage, stored
 
 FAMILIES: tuple[Family, ...] = (
     hf_llava.FAMILY,
@@ -68,24 +68,23 @@ def detect(source: Source) -> Family:
     )
 
 
-def plan_vlm(
-    hf_path: str | Path,
-    *,
-    quantize: QuantConfig | None = None,
-    dtype: str | None = None,
-    prompt_layout: str | None = None,
-    vision_mode: str | None = None,
-    offline: bool = False,
-) -> Plan:
-    """What `convert_vlm` would do, without writing. Raises CheckpointError for a model of no family."""
-    source, family, config = _open(hf_path, prompt_layout, vision_mode, offline)
-    renamed, weights, problems = _weights(source, family, config)
-    before = sum(value.nbytes for value in source.tensors.values())
-    if quantize:
-        config = replace(config, quantization=quantize.setting(config.text_config["num_hidden_layers"]))
-    finished, _ = ({}, ()) if problems else _finish(config, weights, quantize, dtype)
+@dataclass(frozen=True)
+class Finished:
+    """A finished model as it lies on disk, and the model directory that is to be made of it."""
+
+    source: Source
+    family: Family
+    config: ModelConfig
+    storage: Storage
+
+
+def plan_vlm(found: Finished) -> Plan:
+    """What `convert_vlm` would do, without writing."""
+    before = sum(value.nbytes for value in found.source.tensors.values())
+    renamed, weights, problems = _weights(found)
+    finished = {} if problems else _finish(found, weights)[0]
     after = sum(value.nbytes for value in finished.values())
-    return Plan(family.name, family.title, config, renamed, tuple(problems), before, after)
+    return Plan(found.family.name, found.family.title, found.config, renamed, tuple(problems), before, after)
 
 
 def convert_vlm(
@@ -100,20 +99,18 @@ def convert_vlm(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConvertReport:
-    """Convert a finished model (directory or Hub id) of one of FAMILIES; see `convert` for the arguments.
+    """Convert a finished model (directory or Hub id); see `open_vlm` and Storage for the arguments.
 
-    `prompt_layout` (a name of LAYOUTS) overrides the one that the checkpoint asks for; `vision_mode` chooses between
-    MiniCPM-V 2.5's published strip and true 2-D positions. Raises CheckpointError, before
-    anything is written, for a model of no family and with every tensor that is missing, left over or misshapen.
+    `progress(done, total)` counts bytes. Raises CheckpointError, before anything is written, for a model of no family
+    and with every tensor that is missing, left over or misshapen.
     """
-    target = check_output(mlx_path)
-    source, family, config = _open(hf_path, prompt_layout, vision_mode, offline)
-    renamed, weights, problems = _weights(source, family, config)
+    target, storage = check_output(mlx_path), Storage(quantize, dtype)
+    found = open_vlm(hf_path, storage, prompt_layout=prompt_layout, vision_mode=vision_mode, offline=offline)
+    source, config = found.source, found.config
+    renamed, weights, problems = _weights(found)
     refuse([*(f"left over {name}" for name in renamed.unknown), *problems], source.directory)
-    if quantize:
-        config = replace(config, quantization=quantize.setting(config.text_config["num_hidden_layers"]))
     source.tensors.clear()
-    finished, layers = _finish(config, weights, quantize, dtype)
+    finished, layers = _finish(found, weights)
     weights.clear()  # or a tensor's memory would not be free once it is written
     files = matching(source.text_directory, (*TOKENIZER_FILES, *LEGAL_FILES))
     if (beside := source.directory / KEPT / "siglip").is_dir():
@@ -127,24 +124,36 @@ def convert_vlm(
     return report
 
 
-def _open(
-    hf_path: str | Path, prompt_layout: str | None, vision_mode: str | None, offline: bool
-) -> tuple[Source, Family, ModelConfig]:
+def open_vlm(
+    hf_path: str | Path,
+    storage: Storage,
+    *,
+    prompt_layout: str | None = None,
+    vision_mode: str | None = None,
+    offline: bool = False,
+) -> Finished:
+    """A finished model (directory or Hub id) of one of FAMILIES, lazily read.
+
+    `prompt_layout` (a name of LAYOUTS) overrides the one that the checkpoint asks for; `vision_mode` chooses between
+    MiniCPM-V 2.5's published strip and true 2-D positions. Raises CheckpointError for a model of no family.
+    """
     directory = resolve(hf_path, offline)
     refuse_projector_only(directory)
     source = Source.open(directory)
     family = detect(source)
     if source.config.get("quantization") or source.config.get("quantization_config"):
         raise CheckpointError(f"{source.directory} is already quantized; expected the original weights.")
-    if (kept := kept_config(source.directory)) is not None:  # exported by us: it says what it was
-        return (
-            source,
-            family,
-            kept if prompt_layout is None else replace(kept, prompt_layout=named_layout(prompt_layout)),
-        )
-    config = family.configure(source)
+    config = kept_config(source.directory)  # exported by us: it says what it was
+    if config is None:
+        config = _configured(source, family, source_name(hf_path), vision_mode)
     if prompt_layout is not None:
         config = replace(config, prompt_layout=named_layout(prompt_layout))
+    return Finished(source, family, replace(config, quantization=storage.setting(config.text_config)), storage)
+
+
+def _configured(source: Source, family: Family, name: str, vision_mode: str | None) -> ModelConfig:
+    """What a checkpoint says of itself, with what its tokenizer and its generation settings add."""
+    config = family.configure(source)
     if vision_mode is not None:
         if not config.vision_mode.startswith("strip") or vision_mode not in ("strip", "strip-2d"):
             raise CheckpointError(
@@ -156,18 +165,14 @@ def _open(
     generation = read_json(path) if path.is_file() else {}
     markers = marker_ids(source.text_directory, config.text_config["vocab_size"])
     stops = config.text_config.get("eos_token_id"), source.config.get("eos_token_id"), generation.get("eos_token_id")
-    name = source_name(hf_path)
     licence = licence_of(name, source.directory)
     sources = {"vision": name, "llm": name, "model": name, "family": family.name, "llm_licence": licence}
-    return (
-        source,
-        family,
-        replace(config, marker_ids=markers, eos_token_ids=stop_ids(*stops), sources=sources),
-    )
+    return replace(config, marker_ids=markers, eos_token_ids=stop_ids(*stops), sources=sources)
 
 
-def _weights(source: Source, family: Family, config: ModelConfig) -> tuple[Renamed, dict[str, mx.array], list[str]]:
+def _weights(finished: Finished) -> tuple[Renamed, dict[str, mx.array], list[str]]:
     """Lazy tensors under our names, and what is wrong with them."""
+    source, family, config = finished.source, finished.family, finished.config
     renamed = rename(family, source.tensors)
     clash = len(set(renamed.names.values())) < len(renamed.names)
     if clash:
@@ -184,11 +189,9 @@ def _weights(source: Source, family: Family, config: ModelConfig) -> tuple[Renam
     return renamed, found, mismatches(expected(config, model), found)
 
 
-def _finish(
-    config: ModelConfig, weights: dict[str, mx.array], quantize: QuantConfig | None, dtype: str | None
-) -> tuple[dict[str, mx.array], tuple[LayerReport, ...]]:
+def _finish(found: Finished, weights: dict[str, mx.array]) -> tuple[dict[str, mx.array], tuple[LayerReport, ...]]:
     """Cast and quantize, all of it lazily (see `stored`)."""
     tower = {name: v for name, v in weights.items() if not name.startswith(("projector.", "language_model."))}
-    model = Llama3V(config)
+    model = Llama3V(found.config)
     model.load_weights([(name, v) for name, v in weights.items() if name not in tower])
-    return stored(model, tower, quantize, dtype, trained=True)
+    return stored(model, tower, found.storage, trained=True)
