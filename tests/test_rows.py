@@ -6,13 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlx_llama3v.data.records import Record
-from mlx_llama3v.data.rows import RowLayout, Rows, build_rows
+from mlx_llama3v.data.rows import RowLayout, Rows, build_rows, usual
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.errors import ContextError, DataError
 from mlx_llama3v.layout import LAYOUTS
-from mlx_llama3v.text.prompt import FIRST_VISUAL, Message
+from mlx_llama3v.text.prompt import FIRST_VISUAL, Message, check_messages
 from mlx_llama3v.text.tokens import Tokens
 from tests.hf_llama import tiny_tokenizer
 from tests.tiny_model import tiny_config, tiny_tokens
@@ -114,3 +116,28 @@ def test_the_check_finds_what_laying_out_would(store: Store) -> None:
             layout(store, 1000).whole(record)
         laid_out.append(str(error.value).rstrip("."))
     assert [problem.reason for problem in problems] == laid_out
+
+
+_TURN = st.builds(
+    Message,
+    st.sampled_from(["user", "assistant", "assistant", "system", "tool"]),
+    st.sampled_from(["", " ", "a"]),
+    st.sampled_from([(), (0,), (1,), (0, 1)]),
+)
+
+
+@given(messages=st.lists(_TURN, max_size=4), pictures=st.integers(0, 2))
+def test_what_is_usual_passes_the_whole_check(messages: list[Message], pictures: int) -> None:
+    if usual(messages, pictures):
+        caption = Record("1", ("a.jpg",) * pictures, tuple(messages)).caption
+        check_messages(messages, pictures, generate=False, caption=caption)
+
+
+def test_ordinary_rows_are_usual() -> None:
+    say = Message("assistant", "A cat.")
+    for asked in ("", "What?"):
+        assert usual([Message("user", asked, (0,)), say], 1)
+    assert usual([Message("user", "Why?"), say, Message("user", "And?"), say], 0)
+    assert not usual([Message("user", ""), say], 0)
+    assert not usual([Message("user", "What?", (0,)), say, Message("user", "And?", (0,)), say], 1)
+    assert not usual([Message("user", "What?", (0,))], 1)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from mlx_llama3v.config import Encoded, SliceLayout
 from mlx_llama3v.embeddings import tools
 from mlx_llama3v.embeddings.codec import CODECS
-from mlx_llama3v.embeddings.index import ShardIndex, name_key
+from mlx_llama3v.embeddings.index import ShardIndex, distinct_layouts, name_keys
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.errors import DamagedError, StoreError, UserError
@@ -235,9 +235,10 @@ def test_killed_and_run_again(tmp_path: Path, job: str, at: int) -> None:
 
 
 def test_names_with_equal_keys_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlx_llama3v.embeddings.index.name_key", lambda name: name_key(name) % 3)
+    monkeypatch.setattr("mlx_llama3v.embeddings.index.name_keys", lambda names: name_keys(names) % 3)
     fill(tmp_path, range(12))
     assert contents(tmp_path) == expected(range(12)) and "12.jpg" not in Store(tmp_path)
+    assert list(Store(tmp_path).layouts(["1.jpg", "12.jpg", "4.jpg"])) == ["1.jpg", "4.jpg"]
 
 
 @pytest.fixture(scope="module")
@@ -343,3 +344,12 @@ def test_an_index_that_contradicts_itself_is_damage(
             writer.add(f"{seed}.jpg", sha(seed), picture(seed))
     with pytest.raises(DamagedError, match=rf"shard-00000\.safetensors is damaged: .*{why}"):
         Store(tmp_path)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 500])
+def test_distinct_layouts_are_those_of_numpy(rows: int) -> None:
+    table = np.random.default_rng(0).choice([0, 1, 2, 1 << 15], (rows, 6)).astype(np.int32)
+    table = np.concatenate([table, table[::2]])
+    kinds, which = distinct_layouts(table)
+    np.testing.assert_array_equal(kinds[which], table)
+    assert len(kinds) == len(np.unique(table, axis=0))

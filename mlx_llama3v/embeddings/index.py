@@ -30,7 +30,7 @@ TENSORS: dict[str, tuple[type, tuple[int, ...]]] = {
 
 def name_key(name: str) -> int:
     """64 bits that stand for a name in a sorted table; equal keys are told apart by the names themselves."""
-    return int.from_bytes(blake2b(_bytes(name), digest_size=8).digest(), "little")
+    return int(name_keys((name,))[0])
 
 
 def name_keys(names: Iterable[str]) -> np.ndarray:
@@ -260,10 +260,13 @@ class _Table:
         return np.where(self._sorted[at] == keys, self._order[at], np.int32(-1))
 
     def spans(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The first position of each key (any where there is none), and how many it has."""
-        left, right = np.searchsorted(self._sorted, keys), np.searchsorted(self._sorted, keys, side="right")
-        order = self._order if len(self._order) else np.zeros(1, np.int32)
-        return order[np.minimum(left, len(order) - 1)], right - left
+        """The first position of each key (any where there is none), and how many it has: 0, 1, or 2 for more."""
+        if not len(self._sorted):
+            return np.zeros(len(keys), np.int32), np.zeros(len(keys), np.int64)
+        left, last = np.searchsorted(self._sorted, keys), len(self._sorted) - 1
+        at, after = np.minimum(left, last), np.minimum(left + 1, last)
+        here = self._sorted[at] == keys
+        return self._order[at], here + (here & (after > at) & (self._sorted[after] == keys))
 
     def repeated(self) -> Iterator[np.ndarray]:
         """The positions of every key that occurs more than once, ascending."""
