@@ -266,7 +266,8 @@ class _Table:
         left, last = np.searchsorted(self._sorted, keys), len(self._sorted) - 1
         at, after = np.minimum(left, last), np.minimum(left + 1, last)
         here = self._sorted[at] == keys
-        return self._order[at], here + (here & (after > at) & (self._sorted[after] == keys))
+        more = here & (after > at) & (self._sorted[after] == keys)
+        return self._order[at], here.astype(np.int64) + more
 
     def repeated(self) -> Iterator[np.ndarray]:
         """The positions of every key that occurs more than once, ascending."""
