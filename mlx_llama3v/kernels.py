@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
@@ -30,7 +31,9 @@ def gelu_tanh(x: mx.array) -> mx.array:
 
     On a GPU x sigmoid(2 z), which is the same and cancels nothing.
     """
-    return _gelu_powers(x) if _on_cpu(x) else _gelu_sigmoid(x)
+    form: Any = _gelu_powers if _on_cpu(x) else _gelu_sigmoid
+    made: mx.array = form(x)
+    return made
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None = None) -> mx.array:
@@ -64,8 +67,19 @@ def _polynomial(x: mx.array, powers: tuple[float, ...]) -> mx.array:
     return value + powers[-1]
 
 
-@partial(mx.compile, shapeless=True)
+@mx.custom_function
 def _gelu_powers(x: mx.array) -> mx.array:
+    """`_powers`, whose own gradient would be 0 times infinity where e^2|z| overflows."""
+    return _powers(x)
+
+
+@_gelu_powers.vjp
+def _gelu_slope(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+    return mx.vjp(_gelu_sigmoid, [x], [cotangent])[1][0]
+
+
+@partial(mx.compile, shapeless=True)
+def _powers(x: mx.array) -> mx.array:
     """max(x, 0) - |x| / (1 + e^2|z|), which is x (1 + tanh z) / 2; where e^2|z| overflows, the second term is 0.
 
     The exponent is 8 t, and e^t its Taylor series to t^7 in Estrin's order: MLX fuses chains of ten operations or so,
