@@ -3,11 +3,51 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from step_work import IMAGE_ID, RANK, SCALE, TOWERS, VOCAB, Step, hf_llama, hf_siglip, llama, part, rows
+
+
+def llava_model(args: argparse.Namespace, work: Path, unmasked: bool) -> Any:
+    """mlx-vlm's LLaVA with a SigLIP tower and our weights, frozen; `unmasked`: without the padding mask."""
+    import mlx.core as mx
+    from mlx_vlm.models.llava import Model
+    from mlx_vlm.models.llava import config as llava
+
+    from mlx_llama3v.platform import default_dtype
+
+    class Unmasked(Model):
+        """Without the padding mask; nothing is padded here."""
+
+        def __call__(self, input_ids: Any, pixel_values: Any, mask: Any, cache: Any = None, **more: Any) -> Any:
+            return super().__call__(input_ids, pixel_values, None, cache, **more)
+
+    tower = asdict(TOWERS[args.tower])
+    known = {name: value for name, value in tower.items() if name in llava.VisionConfig.__dataclass_fields__}
+    config = llava.ModelConfig(
+        llava.TextConfig.from_dict(llama(args.hidden, args.layers)),
+        llava.VisionConfig(**{**known, "model_type": "siglip_vision_model"}),
+        "llava",
+        image_token_index=IMAGE_ID,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+        vocab_size=VOCAB,
+    )
+    model = (Unmasked if unmasked else Model)(config)
+    weights: Any = mx.load(str(work / "weights.safetensors"))
+    loaded = {f"language_model.{name}": value for name, value in part(weights, "llm").items()}
+    loaded |= {f"multi_modal_projector.{name}": value for name, value in part(weights, "projector").items()}
+    vision = {
+        f"vision_tower.vision_model.{n.removeprefix('vision_model.')}": v for n, v in part(weights, "vision").items()
+    }
+    loaded |= model.vision_tower.sanitize(vision)
+    model.load_weights(list(loaded.items()), strict=False)
+    model.set_dtype(default_dtype())
+    model.freeze()
+    return model
 
 
 def mlx_vlm(args: argparse.Namespace, work: Path, parts: int = 1) -> tuple[Step, float]:
@@ -17,58 +57,18 @@ def mlx_vlm(args: argparse.Namespace, work: Path, parts: int = 1) -> tuple[Step,
     import mlx.optimizers as optim
     from mlx.utils import tree_flatten
     from mlx_lm.tuner.utils import linear_to_lora_layers
-    from mlx_vlm.models.llava import Model
-    from mlx_vlm.models.llava import config as llava
     from mlx_vlm.trainer.common.utils import apply_gradient_step
     from mlx_vlm.trainer.vlm.sft.runtime import vlm_sft_loss
 
     from mlx_llama3v.platform import default_dtype
 
-    tower = TOWERS[args.tower]
-    weights: Any = mx.load(str(work / "weights.safetensors"))
-    vision = llava.VisionConfig(
-        model_type="siglip_vision_model",
-        num_hidden_layers=tower.num_hidden_layers,
-        hidden_size=tower.hidden_size,
-        intermediate_size=tower.intermediate_size,
-        num_attention_heads=tower.num_attention_heads,
-        image_size=tower.image_size,
-        patch_size=tower.patch_size,
-        layer_norm_eps=1e-6,
-    )
-    config = llava.ModelConfig(
-        llava.TextConfig.from_dict(llama(args.hidden, args.layers)),
-        vision,
-        "llava",
-        image_token_index=IMAGE_ID,
-        vision_feature_select_strategy="full",
-        vision_feature_layer=-1,
-        vocab_size=VOCAB,
-    )
-
-    class Unmasked(Model):
-        """Without the padding mask; nothing is padded here."""
-
-        def __call__(self, input_ids: Any, pixel_values: Any, mask: Any, cache: Any = None, **more: Any) -> Any:
-            return super().__call__(input_ids, pixel_values, None, cache, **more)
-
-    model = Model(config) if parts > 1 else Unmasked(config)
-    loaded = {f"language_model.{name}": value for name, value in part(weights, "llm").items()}
-    loaded |= {f"multi_modal_projector.{name}": value for name, value in part(weights, "projector").items()}
-    names = {
-        f"vision_tower.vision_model.{name.removeprefix('vision_model.')}": v
-        for name, v in part(weights, "vision").items()
-    }
-    loaded |= model.vision_tower.sanitize(names)
-    model.load_weights(list(loaded.items()), strict=False)
-    model.set_dtype(default_dtype())
-    model.freeze()
+    model = llava_model(args, work, unmasked=parts == 1)
     keys = {"rank": RANK, "scale": SCALE, "dropout": 0.0}
     linear_to_lora_layers(model.language_model, args.layers, keys)
     size = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
     optimizer = optim.AdamW(learning_rate=1e-4)
     optimizer.init(model.trainable_parameters())
-    ids, supervised, pixels = rows(tower)
+    ids, supervised, pixels = rows(TOWERS[args.tower])
     batch = {
         "input_ids": mx.array(ids),
         "attention_mask": mx.ones(ids.shape, mx.int32),

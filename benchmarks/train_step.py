@@ -27,7 +27,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from mlx_llama3v.config import (
     ProjectorConfig,
     SliceLayout,
     TilingConfig,
+    VisionConfig,
     llama_config,
 )
 
@@ -49,100 +50,120 @@ PEERS = ("ours", "ours encoding", "full logits", "mlx-vlm", "mlx-vlm 4x1", "tran
 LANES = ExitStack()  # for the life of a process: a context that nobody holds would end, and its threads with it
 
 
-def ours(args: argparse.Namespace, work: Path, how: str) -> tuple[Step, float]:
-    """The product's own model, step and lanes; `how` is the peer's name. A step, and the bytes of the weights."""
-    import mlx.core as mx
-    import mlx.nn as nn
-
-    from mlx_llama3v.data.batches import Batch, collate
-    from mlx_llama3v.data.rows import Row
-    from mlx_llama3v.embeddings.store import Store
-    from mlx_llama3v.embeddings.writer import StoreWriter
-    from mlx_llama3v.lanes import lanes
+def our_model(args: argparse.Namespace, weights: dict[str, Any]) -> Any:
+    """The product's model with these weights."""
     from mlx_llama3v.model import Llama3V
     from mlx_llama3v.platform import default_dtype
-    from mlx_llama3v.tensors import parameters
-    from mlx_llama3v.text.prompt import FIRST_VISUAL, Rendered
-    from mlx_llama3v.train.config import TrainConfig
-    from mlx_llama3v.train.lora import prepare
-    from mlx_llama3v.train.optim import adamw
-    from mlx_llama3v.train.step import Step as TrainStep
-    from mlx_llama3v.train.step import add
-    from mlx_llama3v.vision.encode import Encoder, patchify
-    from mlx_llama3v.vision.siglip import VisionTower, tower_weights
 
     tower = TOWERS[args.tower]
-    weights: Any = mx.load(str(work / "weights.safetensors"))
     projector = ProjectorConfig("mlp", tower.hidden_size, args.hidden)
     model = Llama3V(ModelConfig(tower, llama_config(llama(args.hidden, args.layers)), projector))
     model.language_model.load_weights(list(part(weights, "llm").items()))
     model.language_model.set_dtype(default_dtype())
     model.projector.body.load_weights(list(part(weights, "projector").items()))
+    return model
+
+
+def our_encoder(tower: VisionConfig, weights: dict[str, Any]) -> Any:
+    """The product's tower, for pixels that are normalised."""
+    from mlx_llama3v.platform import default_dtype
+    from mlx_llama3v.vision.encode import Encoder
+    from mlx_llama3v.vision.siglip import VisionTower, tower_weights
+
+    body = VisionTower(tower)
+    body.load_weights(list(tower_weights(part(weights, "vision")).items()), strict=True)
+    body.set_dtype(default_dtype())
     as_they_are = ImageConfig(rescale_factor=1.0, image_mean=(0.0,) * 3, image_std=(1.0,) * 3)
-    encoder = None
-    if how == "ours encoding" or not (work / "store").exists():
-        body = VisionTower(tower)
-        body.load_weights(list(tower_weights(part(weights, "vision")).items()), strict=True)
-        body.set_dtype(default_dtype())
-        encoder = Encoder(body, tower, as_they_are, TilingConfig("squash"))
+    return Encoder(body, tower, as_they_are, TilingConfig("squash"))
+
+
+def encoded(encoder: Any, tower: VisionConfig, pixels: np.ndarray) -> list[np.ndarray]:
+    """The patch embeddings of all pictures."""
+    from mlx_llama3v.vision.encode import patchify
+
+    return encoder.encode([((tower.grid, tower.grid), patchify(one, tower.patch_size)) for one in pixels], BATCH)
+
+
+def data(tower: VisionConfig, weights: dict[str, Any], path: Path) -> tuple[Any, list[Any]]:
+    """The store at `path`, filled where it is not there, and the rows that read it."""
+    from mlx_llama3v.data.rows import Row
+    from mlx_llama3v.embeddings.store import Store
+    from mlx_llama3v.embeddings.writer import StoreWriter
+    from mlx_llama3v.text.prompt import FIRST_VISUAL, Rendered
+
     ids, supervised, pixels = rows(tower)
     layout = SliceLayout((tower.grid, tower.grid))
-
-    def encode() -> list[np.ndarray]:
-        assert encoder is not None
-        return encoder.encode([((tower.grid, tower.grid), patchify(one, tower.patch_size)) for one in pixels], BATCH)
-
-    if not (work / "store").exists():
-        with StoreWriter(work / "store", {}, "float16") as writer:
-            for n, values in enumerate(encode()):
+    if not path.exists():
+        with StoreWriter(path, {}, "float16") as writer:
+            for n, values in enumerate(encoded(our_encoder(tower, weights), tower, pixels)):
                 writer.add(f"{n}", f"{n:064x}", Encoded(layout, values))
-    if how != "ours encoding":
-        encoder = None
-    store = Store(work / "store")
     source = np.where(ids == IMAGE_ID, FIRST_VISUAL + np.cumsum(ids == IMAGE_ID, 1) - 1, 0).astype(np.int32)
     laid_out = [Row(str(n), Rendered(ids[n], source[n], supervised[n]), (str(n),), (layout,)) for n in range(BATCH)]
+    return Store(path), laid_out
+
+
+def full_logits(model: Any, batch: Any) -> Any:
+    """What a step's `gradients` are without the product's head: logits of all positions at once."""
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    def loss(model: Any) -> mx.array:
+        inputs = batch.ids, batch.source, batch.patches, batch.grid, batch.num_tokens
+        logits = model(batch.ids, input_embeddings=model.embed(*inputs)).astype(mx.float32)
+        return (nn.losses.cross_entropy(logits, batch.targets) * batch.supervised).sum()
+
+    learned = model.trainable_parameters()
+    value, gradients = nn.value_and_grad(model, loss)(model)
+    model.update(learned)  # the transformation left its own placeholders there
+    return value, batch.supervised.sum(), gradients
+
+
+def ours(args: argparse.Namespace, work: Path, how: str) -> tuple[Step, float]:
+    """The product's own model, step and lanes; `how` is the peer's name. A step, and the bytes of the weights."""
+    import mlx.core as mx
+
+    from mlx_llama3v.data.batches import collate
+    from mlx_llama3v.lanes import lanes
+    from mlx_llama3v.tensors import parameters
+    from mlx_llama3v.train.config import TrainConfig
+    from mlx_llama3v.train.lora import prepare
+    from mlx_llama3v.train.optim import adamw
+    from mlx_llama3v.train.step import Step as TrainStep
+    from mlx_llama3v.train.step import add
+
+    tower = TOWERS[args.tower]
+    weights: Any = mx.load(str(work / "weights.safetensors"))
+    model = our_model(args, weights)
+    store, laid_out = data(tower, weights, work / "store")
+    encoder, pixels = our_encoder(tower, weights) if how == "ours encoding" else None, rows(tower)[2]
     config = TrainConfig(stage="sft", batch_size=BATCH, lora_rank=RANK, lora_scale=SCALE).resolved()
     prepare(model, config)
     optimizer = adamw(0.0)
     optimizer.init(model.trainable_parameters())
-    mx.eval(model.parameters())
-    size = sum(value.nbytes for value in parameters(model).values())
-    if encoder is not None:
-        size += sum(value.nbytes for value in parameters(encoder.tower).values())
     step = TrainStep(model, optimizer, 1.0, bool(config.compile))
     mx.eval(model.state, optimizer.state)  # lanes take no work of another thread over
+    parts = [model, *([encoder.tower] if encoder else [])]
+    size = sum(value.nbytes for module in parts for value in parameters(module).values())
+    side = LANES.enter_context(lanes(config.lanes))
 
-    def full(batch: Batch) -> Any:
-        def loss(model: Llama3V) -> mx.array:
-            inputs = batch.ids, batch.source, batch.patches, batch.grid, batch.num_tokens
-            logits = model(batch.ids, input_embeddings=model.embed(*inputs)).astype(mx.float32)
-            return (nn.losses.cross_entropy(logits, batch.targets) * batch.supervised).sum()
-
-        learned = model.trainable_parameters()
-        value, gradients = nn.value_and_grad(model, loss)(model)
-        model.update(learned)  # the transformation left its own placeholders there
-        return value, batch.supervised.sum(), gradients
+    def start(lane: int, found: list[np.ndarray] | None) -> Any:
+        batch = collate(laid_out[lane :: config.lanes], store, model.config, 4)
+        if found is not None:
+            batch = replace(batch, stored={"patches": mx.array(np.stack(found[lane :: config.lanes]))})
+        return side.start(
+            partial(full_logits, model, batch) if how == "full logits" else partial(step.gradients, batch)
+        )
 
     def run() -> float:
-        found = encode() if encoder is not None else None
-        total: Any = None
-        running = []
-        for lane in range(config.lanes):
-            batch = collate(laid_out[lane :: config.lanes], store, model.config, 4)
-            if found is not None:
-                batch = replace(batch, stored={"patches": mx.array(np.stack(found[lane :: config.lanes]))})
-            make = partial(full, batch) if how == "full logits" else partial(step.gradients, batch)
-            running.append(side.start(make))
-        for one in running:
-            total = one.result() if total is None else add(total, one.result())
-        loss, count, gradients = total
+        found = encoded(encoder, tower, pixels) if encoder else None
+        running = [start(lane, found) for lane in range(config.lanes)]
+        loss, count, gradients = reduce(add, (one.result() for one in running))
         norm = step.norm(gradients, count)
         mx.eval(loss, count, gradients, norm)
         step.update(gradients, count, norm, 1e-4)
         mx.eval(model.state, optimizer.state)
         return float(loss) / float(count)
 
-    side = LANES.enter_context(lanes(config.lanes))
     return run, size
 
 

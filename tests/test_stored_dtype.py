@@ -148,7 +148,7 @@ def test_a_projector_file_keeps_its_dtype(dtype: str | None, expected: mx.Dtype,
 
 
 def test_a_fresh_projector_is_float32_whatever_is_asked(tmp_path: Path) -> None:
-    """Training goes on from it."""
+    """It is where training starts: one seed gives one start."""
     vision, llm = make_siglip(tmp_path / "v"), make_llama(tmp_path / "l")
     convert(vision, llm, tmp_path / "model", dtype="float16", quantize=QUANT)
     assert dtypes(tmp_path / "model") == {mx.float32}

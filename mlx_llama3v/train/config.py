@@ -7,11 +7,12 @@ A stage says how rows are laid out and which part learns; all else is the same f
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from mlx_llama3v.data.rows import LONG_ROWS
 from mlx_llama3v.errors import RunError
+from mlx_llama3v.knob import knob
 from mlx_llama3v.lanes import default_lanes
 from mlx_llama3v.platform import device_name
 
@@ -33,7 +34,7 @@ REPORTERS = ("tensorboard", "wandb")
 
 def _knob(default: Any, text: str, low: float = 0, high: float = math.inf, **metadata: Any) -> Any:
     """A field with its help; numbers lie between `low` and `high`."""
-    return field(default=default, metadata={"help": text, "low": low, "high": high, **metadata})
+    return knob(default, text, low=low, high=high, **metadata)
 
 
 @dataclass(frozen=True)
