@@ -41,19 +41,22 @@ def attend(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array |
     if not _on_cpu(q):
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
     step = max(1, _SCORES // (q.shape[0] * q.shape[2] * k.shape[2]))
-    parts = [
-        _attend_heads(q[:, n : n + step] * scale, k[:, n : n + step], v[:, n : n + step], mask)
-        for n in range(0, q.shape[1], step)
-    ]
+    parts: list[mx.array] = []
+    for n in range(0, q.shape[1], step):
+        heads = q[:, n : n + step] * scale
+        if parts:  # one after the other: MLX would compute all scores first, then all of their exponentials
+            heads = mx.depends([heads], [parts[-1]])[0]
+        parts.append(_attend_heads(heads, k[:, n : n + step], v[:, n : n + step], mask))
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
 
 
 def _attend_heads(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None) -> mx.array:
-    scores = q @ k.swapaxes(-1, -2)
+    """A column of scores a query: MLX's CPU reductions are vectorized down columns only (5 times as fast for max)."""
+    scores = k @ q.swapaxes(-1, -2)
     if mask is not None:
-        scores = mx.where(mask, scores, _MASKED)
-    weights = _exp_below(scores, mx.max(scores, axis=-1, keepdims=True))
-    return (weights @ v) / mx.sum(weights, axis=-1, keepdims=True)
+        scores = mx.where(mask.swapaxes(-1, -2), scores, _MASKED)
+    weights = _exp_below(scores, mx.max(scores, axis=-2, keepdims=True))
+    return (weights.swapaxes(-1, -2) @ v) / mx.sum(weights, axis=-2)[..., None]
 
 
 def _on_cpu(x: mx.array) -> bool:

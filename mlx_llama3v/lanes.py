@@ -3,7 +3,9 @@
 MLX runs the operations of a CPU stream one after the other, most of them on one core; only matrix products use
 more. So work that can be cut (the rows of a batch, batches of slices) goes to lanes: threads, each with a stream of
 its own and one BLAS thread. A thread each, because one thread that evaluates two streams does not keep both busy: it
-stops handing out operations once ten are under way, and those are all of the first lane.
+stops handing out operations once a hundred are under way, and those are all of the first lane. For the same reason
+work should come in pieces of some tens of operations: the hundred are counted over all threads, and a lane that handed
+over its whole graph at once would keep the others idle for a sixth of the time (measured, a tower of so400m's width).
 
 A GPU has one lane, which is the caller's own thread: its queue is filled from there and kept full by asynchronous
 evaluation, and a second one would only take turns with it.
@@ -13,9 +15,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
+from threading import Lock
 from typing import TypeVar
 
 import mlx.core as mx
@@ -36,8 +41,8 @@ _FREE = "MKL_Free_Buffers"
 
 
 def default_lanes(items: int) -> int:
-    """One lane a core, of two items at least; one on a GPU."""
-    return max(1, min(os.cpu_count() or 1, _MOST, items // 2)) if device_name() == "cpu" else 1
+    """One lane a core, at most one an item; one on a GPU."""
+    return max(1, min(os.cpu_count() or 1, _MOST, items)) if device_name() == "cpu" else 1
 
 
 class Lanes:
@@ -46,24 +51,22 @@ class Lanes:
     def __init__(self, count: int) -> None:
         self._threads = [ThreadPoolExecutor(1, f"lane-{n}") for n in range(count)] if count > 1 else []
         self._next = 0
+        self._building = Lock()
 
-    def start(self, make: Callable[[], T]) -> Future[T]:
-        """Evaluate the arrays that `make()` returns, on the next lane; the result holds them.
+    def start(self, make: Callable[[], Iterable[T]]) -> Future[T]:
+        """Evaluate the arrays that `make()` yields, piece by piece, on the next lane; the result is the last piece.
 
-        `make` builds its graph while the caller waits, so graphs that go through one module are built in turn.
+        Graphs are built in turn, a piece at a time, so that they may go through one module.
         """
         if not self._threads:
             done: Future[T] = Future()
-            found = make()
+            found = deque(make(), maxlen=1).pop()
             mx.async_eval(found)
             done.set_result(found)
             return done
         thread = self._threads[self._next % len(self._threads)]
         self._next += 1
-        built: Future[None] = Future()
-        running = thread.submit(_run, make, built)
-        built.result()
-        return running
+        return thread.submit(_run, make, self._building)
 
     def close(self) -> None:
         """Wait for what runs, and give the streams back while their threads live: at exit MLX would abort on them."""
@@ -72,14 +75,17 @@ class Lanes:
             thread.shutdown()
 
 
-def _run(make: Callable[[], T], built: Future[None]) -> T:
-    try:
-        with mx.stream(mx.default_device()):
-            found = make()
-    finally:
-        built.set_result(None)  # an error is the running work's own
-    mx.eval(found)
-    return found
+def _run(make: Callable[[], Iterable[T]], building: Lock) -> T:
+    with mx.stream(mx.default_device()):
+        pieces = iter(make())
+        found: list[T] = []
+        while True:
+            with building:
+                piece = [*islice(pieces, 1)]
+            if not piece:
+                return found[0]
+            mx.eval(piece)
+            found = piece
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -33,6 +34,10 @@ class Step:
     def gradients(self, batch: Batch) -> tuple[mx.array, mx.array, Any]:
         """Lazy (summed loss, number of targets, summed gradients) of one batch."""
         return self._gradients(*arrays(batch))
+
+    def pieces(self, batch: Batch) -> Iterator[tuple[mx.array, mx.array, Any]]:
+        """`gradients`, as lanes take it: in one piece."""
+        yield self.gradients(batch)
 
     def nothing(self) -> tuple[mx.array, mx.array, Any]:
         """What a rank without rows adds."""
