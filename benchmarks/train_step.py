@@ -150,8 +150,9 @@ def ours(args: argparse.Namespace, work: Path, how: str) -> tuple[Step, float]:
         batch = collate(laid_out[lane :: config.lanes], store, model.config, 4)
         if found is not None:
             batch = replace(batch, stored={"patches": mx.array(np.stack(found[lane :: config.lanes]))})
-        gradients = partial(full_logits, model, batch) if how == "full logits" else partial(step.gradients, batch)
-        return side.start(lambda: (make() for make in [gradients]))
+        return side.start(
+            partial(full_logits, model, batch) if how == "full logits" else partial(step.gradients, batch)
+        )
 
     def run() -> float:
         found = encoded(encoder, tower, pixels) if encoder else None

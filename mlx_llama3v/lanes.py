@@ -3,9 +3,9 @@
 MLX runs the operations of a CPU stream one after the other, most of them on one core; only matrix products use
 more. So work that can be cut (the rows of a batch, batches of slices) goes to lanes: threads, each with a stream of
 its own and one BLAS thread. A thread each, because one thread that evaluates two streams does not keep both busy: it
-stops handing out operations once a hundred are under way, and those are all of the first lane. For the same reason
-work should come in pieces of some tens of operations: the hundred are counted over all threads, and a lane that handed
-over its whole graph at once would keep the others idle for a sixth of the time (measured, a tower of so400m's width).
+stops handing out operations once a hundred are under way, and those are all of the first lane. The hundred are counted
+over all threads: a lane that handed over a whole graph would keep the others waiting for a sixth of the time (measured:
+encoding at so400m's width, training steps). So models `cut` their graphs, and a lane evaluates piece by piece.
 
 A GPU has one lane, which is the caller's own thread: its queue is filled from there and kept full by asynchronous
 evaluation, and a second one would only take turns with it.
@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import islice
-from threading import Lock
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -30,6 +29,7 @@ from mlx_llama3v.platform import device_name
 T = TypeVar("T")
 
 _MOST = 4
+_building = threading.local()  # `ends`, in order, of the pieces of the graph that this thread builds for a lane
 # (ask, set) the number of BLAS threads: MKL's and OpenBLAS's functions, where platform.py has loaded one of them.
 _THREADS = (
     ("MKL_Get_Max_Threads", "MKL_Set_Num_Threads"),
@@ -45,28 +45,50 @@ def default_lanes(items: int) -> int:
     return max(1, min(os.cpu_count() or 1, _MOST, items)) if device_name() == "cpu" else 1
 
 
+def cut(x: mx.array) -> mx.array:
+    """`x`; in a graph that a lane builds, a piece ends here, and another where the gradient passes."""
+    ends: deque[mx.array] | None = getattr(_building, "ends", None)
+    if ends is None:
+        return x
+
+    @mx.custom_function
+    def same(x: mx.array) -> mx.array:
+        return x
+
+    @same.vjp
+    def back(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+        ends.append(cotangent)
+        return cotangent
+
+    found: Any = same(x)
+    ends.append(found)
+    return found  # type: ignore[no-any-return]
+
+
 class Lanes:
     """Made by `lanes`. Arrays that work takes in must be evaluated: MLX's streams belong to their threads."""
 
     def __init__(self, count: int) -> None:
         self._threads = [ThreadPoolExecutor(1, f"lane-{n}") for n in range(count)] if count > 1 else []
         self._next = 0
-        self._building = Lock()
 
-    def start(self, make: Callable[[], Iterable[T]]) -> Future[T]:
-        """Evaluate the arrays that `make()` yields, piece by piece, on the next lane; the result is the last piece.
+    def start(self, make: Callable[[], T]) -> Future[T]:
+        """Evaluate the arrays that `make()` returns, on the next lane; the result holds them.
 
-        Graphs are built in turn, a piece at a time, so that they may go through one module.
+        `make` builds its graph while the caller waits, so graphs that go through one module are built in turn.
         """
         if not self._threads:
             done: Future[T] = Future()
-            found = deque(make(), maxlen=1).pop()
+            found = make()
             mx.async_eval(found)
             done.set_result(found)
             return done
         thread = self._threads[self._next % len(self._threads)]
         self._next += 1
-        return thread.submit(_run, make, self._building)
+        built: Future[None] = Future()
+        running = thread.submit(_run, make, built)
+        built.result()
+        return running
 
     def close(self) -> None:
         """Wait for what runs, and give the streams back while their threads live: at exit MLX would abort on them."""
@@ -75,17 +97,18 @@ class Lanes:
             thread.shutdown()
 
 
-def _run(make: Callable[[], Iterable[T]], building: Lock) -> T:
-    with mx.stream(mx.default_device()):
-        pieces = iter(make())
-        found: list[T] = []
-        while True:
-            with building:
-                piece = [*islice(pieces, 1)]
-            if not piece:
-                return found[0]
-            mx.eval(piece)
-            found = piece
+def _run(make: Callable[[], T], built: Future[None]) -> T:
+    _building.ends = ends = deque[mx.array]()
+    try:
+        with mx.stream(mx.default_device()):
+            found = make()
+    finally:
+        _building.ends = None
+        built.set_result(None)  # an error is the running work's own
+    while ends:
+        mx.eval(ends.popleft())
+    mx.eval(found)
+    return found
 
 
 @contextmanager

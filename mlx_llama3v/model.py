@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_llama3v.compat import LlamaArgs, LlamaModel
 from mlx_llama3v.config import ModelConfig, llama_config
+from mlx_llama3v.lanes import cut
 from mlx_llama3v.projector import Projector
 
 
@@ -85,7 +86,11 @@ class Llama3V(nn.Module):
             mask = (segments[:, None, :, None] == segments[:, None, None, :]) & (order[:, None] >= order[None])
         *blocks, last = self.layers
         for layer in blocks:
-            vectors = _recomputed(layer, vectors, mask) if recompute else layer(vectors, mask)
+            if recompute:
+                vectors = cut(_recomputed(layer, vectors, mask))
+            else:
+                vectors = cut(vectors + layer.self_attn(layer.input_layernorm(vectors), mask, None))
+                vectors = cut(vectors + layer.mlp(layer.post_attention_layernorm(vectors)))
         vectors = vectors + last.self_attn(last.input_layernorm(vectors), mask, None)
         states = mx.take(vectors.reshape(-1, vectors.shape[-1]), picks, axis=0)
         states = states + last.mlp(last.post_attention_layernorm(states))

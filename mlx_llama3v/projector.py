@@ -20,6 +20,7 @@ import numpy as np
 
 from mlx_llama3v.config import MARKERS, Encoded, ProjectorConfig, SliceLayout
 from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.lanes import cut
 from mlx_llama3v.resampler import Downsample, Resampler
 from mlx_llama3v.text.prompt import FIRST_VISUAL
 
@@ -71,8 +72,8 @@ class Block(nn.Module):
         y = self.norm1(x)
         q, k, v = heads(self.q_proj(y)), heads(self.k_proj(y)), heads(self.v_proj(y))
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)
-        x = x + self.out_proj(y.transpose(0, 2, 1, 3).reshape(S, P, H))
-        return x + self.fc2(nn.relu2(self.fc1(self.norm2(x))))
+        x = cut(x + self.out_proj(y.transpose(0, 2, 1, 3).reshape(S, P, H)))
+        return cut(x + self.fc2(nn.relu2(self.fc1(self.norm2(x)))))
 
 
 class AttentionProjector(nn.Module):

@@ -6,22 +6,20 @@ import ctypes
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
-from mlx_llama3v.lanes import Lanes, default_lanes, lanes
+from mlx_llama3v.lanes import Lanes, cut, default_lanes, lanes
 from mlx_llama3v.train.config import TrainConfig
 
 
-def _row(number: int, seen: list[str]) -> Iterator[mx.array]:
+def _row(number: int, seen: list[str]) -> mx.array:
     seen.append(threading.current_thread().name)
-    row = mx.arange(4) + number
-    yield row
-    yield row.sum()
+    return (mx.arange(4) + number).sum()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -35,41 +33,66 @@ def test_results_are_those_of_their_work(count: int) -> None:
 
 
 def test_graphs_are_built_in_turn() -> None:
-    """A piece is begun when nobody else is at one, so that they may share a module."""
+    """The next `make` begins when the one before is through, so that they may share a module."""
     inside, most = 0, 0
 
-    def make() -> Iterator[mx.array]:
+    def make() -> mx.array:
         nonlocal inside, most
-        found = mx.ones((64, 64))
-        for _ in range(3):
-            inside += 1
-            most = max(most, inside)
-            found = found @ mx.ones((64, 64)) / 64
-            inside -= 1
-            yield found
+        inside += 1
+        most = max(most, inside)
+        found = mx.ones((64, 64)) @ mx.ones((64, 64))
+        inside -= 1
+        return found
 
     with lanes(3) as side:
         running = [side.start(make) for _ in range(30)]
-        assert all(float(work.result()[0, 0].item()) == 1 for work in running)
+        assert all(float(work.result()[0, 0].item()) == 64 for work in running)
     assert most == 1
+
+
+def test_a_graph_is_evaluated_in_the_pieces_it_was_cut_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gradient(joint: Callable[[mx.array], mx.array]) -> mx.array:
+        def loss(x: mx.array) -> mx.array:
+            for _ in range(3):
+                x = joint(x * x)
+            return x.sum()
+
+        return mx.grad(loss)(mx.array([0.5, 2.0]))
+
+    whole = gradient(lambda x: x).tolist()
+    x = mx.ones(2)
+    assert cut(x) is x and gradient(cut).tolist() == whole
+    seen: list[list[float]] = []
+    evaluate = mx.eval
+
+    def watch(piece: mx.array) -> None:
+        evaluate(piece)
+        seen.append(piece.tolist())
+
+    monkeypatch.setattr(mx, "eval", watch)
+    with lanes(2) as side:
+        assert side.start(partial(gradient, cut)).result().tolist() == whole
+    forward, backward = seen[:3], seen[3:-1]
+    assert forward == [[0.5**2, 2.0**2], [0.5**4, 2.0**4], [0.5**8, 2.0**8]]
+    assert backward == [[1, 1], [2 * 0.5**4, 2 * 2.0**4], [4 * 0.5**6, 4 * 2.0**6]]
+    assert seen[-1] == whole
 
 
 def test_pieces_are_evaluated_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     met, evaluate = threading.Barrier(2, timeout=20), mx.eval
 
-    def together(*pieces: list[mx.array]) -> None:
+    def together(piece: mx.array) -> None:
         met.wait()
-        evaluate(*pieces)
+        evaluate(piece)
 
     monkeypatch.setattr(mx, "eval", together)
     with lanes(2) as side:
-        running = [side.start(lambda: (mx.ones((8, 8)) * n for n in range(3))) for _ in range(2)]
-        assert [float(work.result()[0, 0].item()) for work in running] == [2, 2]
+        running = [side.start(lambda: cut(mx.ones(8)) + cut(mx.ones(8))) for _ in range(2)]
+        assert [work.result().tolist() for work in running] == [[2] * 8] * 2
 
 
 def test_an_error_reaches_who_asks() -> None:
-    def broken() -> Iterator[mx.array]:
-        yield mx.ones(2)
+    def broken() -> mx.array:
         raise ValueError("no such row")
 
     with lanes(2) as side:
@@ -103,7 +126,7 @@ def test_a_process_that_used_them_ends_well() -> None:
         "from mlx_llama3v.lanes import lanes\n"
         "for _ in range(2):\n"
         "    with lanes(2) as side:\n"
-        "        for work in [side.start(lambda: iter([mx.ones((99, 99)) @ mx.ones((99, 99))])) for _ in range(9)]:\n"
+        "        for work in [side.start(lambda: mx.ones((99, 99)) @ mx.ones((99, 99))) for _ in range(9)]:\n"
         "            work.result()\n"
     )
     processes = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) for _ in range(4)]
@@ -126,7 +149,7 @@ def test_lanes_that_ended_hold_no_memory() -> None:
         "    if turn == 5:\n"
         "        before = held()\n"
         "    with lanes(2) as side:\n"
-        "        for work in [side.start(lambda: iter([x @ x])) for _ in range(4)]:\n"
+        "        for work in [side.start(lambda: x @ x) for _ in range(4)]:\n"
         "            work.result()\n"
         "print(held() - before)\n"
     )

@@ -313,7 +313,7 @@ class _Run:
         seen: list[tuple[mx.array, tuple[str, ...]]] = []
         own = Window()
         for parts in islice(batches, self.feed.first(number + 1) - self.feed.first(number)):
-            for part, running in [(part, side.start(partial(step.pieces, part))) for part in parts]:
+            for part, running in [(part, side.start(partial(step.gradients, part))) for part in parts]:
                 found = running.result()
                 total = found if total is None else add(total, found)
                 seen.append((found[0], part.row_ids))

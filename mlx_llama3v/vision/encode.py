@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -130,8 +130,8 @@ class Encoder:
         """Numbers of the slices that `_forward` takes together."""
         return bucket([len(patches) for _, patches in slices], size)
 
-    def _forward(self, batch: Sequence[Slice]) -> Iterator[mx.array]:
-        """float32 [S, P, D], padded to the longest slice of the batch; before it, what leads there."""
+    def _forward(self, batch: Sequence[Slice]) -> mx.array:
+        """float32 [S, P, D], padded to the longest slice of the batch."""
         lengths = [len(rows) for _, rows in batch]
         longest = max(lengths)
         tables = {grid: position_table(self.tower, grid) for grid, _ in batch}
@@ -140,9 +140,7 @@ class Encoder:
         mask = None
         if min(lengths) < longest:
             mask = mx.arange(longest)[None] < mx.array(lengths)[:, None]
-        for x in self.tower.states(self._patches(batch), positions, mask, self.layer):
-            yield x
-        yield x.astype(mx.float32)
+        return self.tower(self._patches(batch), positions, mask, self.layer).astype(mx.float32)
 
     def _patches(self, batch: Sequence[Slice]) -> mx.array:
         """Normalised float32 [S, P, p*p*3], padded to the longest; zeros in every row beyond a slice's grid."""

@@ -8,7 +8,7 @@ weights know it; `strip-2d` gives the slices their true positions and masks the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -137,14 +137,13 @@ class StripEncoder(PaddingEncoder):
             groups.setdefault((len(patches), None if self.flat else grid), []).append(i)
         return [members[at : at + size] for members in groups.values() for at in range(0, len(members), size)]
 
-    def _forward(self, batch: Sequence[Slice]) -> Iterator[mx.array]:
+    def _forward(self, batch: Sequence[Slice]) -> mx.array:
         """See Encoder; here padding beyond the grid is read, as zeros."""
         grid, first = batch[0]
         positions = self._positions((1, len(first)) if self.flat else grid)
+        run = self.tower.last_hidden_state if self.norm else self.tower
         positions = mx.broadcast_to(positions, (len(batch), *positions.shape))
-        for x in self.tower.states(self._patches(batch), positions, layer=self.layer):
-            yield x
-        yield (self.tower.post_layernorm(x) if self.norm else x).astype(mx.float32)
+        return run(self._patches(batch), positions, layer=self.layer).astype(mx.float32)
 
     def _positions(self, grid: Grid) -> mx.array:
         """Rows of the tower's table for a slice of `grid`, [h*w, D]."""

@@ -8,7 +8,7 @@ brings every released layout of the weights to them. SigLIP 2 at fixed resolutio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 import mlx.core as mx
@@ -18,6 +18,7 @@ import numpy as np
 from mlx_llama3v.config import Grid, SiglipTextConfig, VisionConfig
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.kernels import attend, gelu_tanh
+from mlx_llama3v.lanes import cut
 
 _ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "gelu_pytorch_tanh": gelu_tanh,  # every released SigLIP; nn.gelu_fast_approx is another function
@@ -79,8 +80,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def __call__(self, x: mx.array, mask: mx.array | None = None) -> mx.array:
-        x = x + self.self_attn(self.layer_norm1(x), mask)
-        return x + self.mlp(self.layer_norm2(x))
+        x = cut(x + self.self_attn(self.layer_norm1(x), mask))
+        return cut(x + self.mlp(self.layer_norm2(x)))
 
 
 class Encoder(nn.Module):
@@ -90,18 +91,12 @@ class Encoder(nn.Module):
 
     def __call__(self, x: mx.array, mask: mx.array | None = None, layer: int = -1) -> mx.array:
         """`hidden_states[layer]` in Hugging Face's counting: 0 is the input, -1 the last block's output."""
-        *_, found = self.states(x, mask, layer)
-        return found
-
-    def states(self, x: mx.array, mask: mx.array | None = None, layer: int = -1) -> Iterator[mx.array]:
-        """The hidden states from the input to `layer`, each built when it is asked for."""
         count = len(self.layers)
         if not -count - 1 <= layer <= count:
             raise CheckpointError(f"layer {layer} was asked of a tower with hidden states 0 to {count}.")
-        yield x
         for block in self.layers[: layer % (count + 1)]:
             x = block(x, mask)
-            yield x
+        return x
 
 
 class PoolingAttention(nn.Module):
@@ -168,17 +163,9 @@ class VisionTower(nn.Module):
         patches [S, P, p*p*3] in the order of `encode.patchify`; positions [S, P, D]; mask [S, P] bool, False
         on padding, whose outputs mean nothing. Blocks after `layer` are not run.
         """
-        return self.encoder(self._embedded(patches, positions), mask, layer)
-
-    def states(
-        self, patches: mx.array, positions: mx.array, mask: mx.array | None = None, layer: int = -1
-    ) -> Iterator[mx.array]:
-        """All that leads to the call's result, which comes last: work in pieces, as lanes like it."""
-        yield from self.encoder.states(self._embedded(patches, positions), mask, layer)
-
-    def _embedded(self, patches: mx.array, positions: mx.array) -> mx.array:
         dtype = self.post_layernorm.weight.dtype
-        return self.embeddings.patch_embedding(patches.astype(dtype)) + positions.astype(dtype)
+        x = self.embeddings.patch_embedding(patches.astype(dtype)) + positions.astype(dtype)
+        return self.encoder(x, mask, layer)
 
     def last_hidden_state(
         self, patches: mx.array, positions: mx.array, mask: mx.array | None = None, layer: int = -1
