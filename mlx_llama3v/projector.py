@@ -24,10 +24,9 @@ from mlx_llama3v.lanes import cut
 from mlx_llama3v.resampler import Downsample, Resampler
 from mlx_llama3v.text.prompt import FIRST_VISUAL
 
-
 # Where the gain of the attention projector's last norm starts. LLaVA's projectors take SigLIP's states as they are, an
 # order of magnitude larger than a norm's output, and Adam moves a weight by its rate whatever comes in: behind a gain
-# of 1 `linear_out` learned that much slower, and when a run began to see depended on its seed (benchmarks/projectors.py).
+# of 1 `linear_out` learned that much slower, and when a run began to see hung on its seed (benchmarks/projectors.py).
 _GAIN = 8.0
 
 

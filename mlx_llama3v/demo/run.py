@@ -32,7 +32,7 @@ Report = Callable[[str, int, int, str], None]  # (step of the demo, done, total,
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Size of the demo; the defaults take five to eight minutes of two x86-64 cores."""
+    """Size of the demo; the defaults take about five minutes of two x86-64 cores."""
 
     images: int = knob(2400, "Training pictures to draw.")
     questions: int = knob(270, "Exam questions, one unseen picture each.")
