@@ -15,7 +15,9 @@ from mlx_llama3v.errors import UserError
 from mlx_llama3v.version import __version__
 
 DEBUG = "LLAMA3V_DEBUG"
-COMMANDS = ("convert", "export", "embed", "train", "chat", "generate", "serve", "classify", "store", "demo", "doctor")
+COMMANDS = (
+    "convert", "embed", "train", "fuse", "export", "chat", "generate", "serve", "classify", "store", "demo", "doctor",
+)  # fmt: skip
 
 
 def _version(wanted: bool) -> None:

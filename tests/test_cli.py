@@ -236,6 +236,14 @@ def test_train_both_stages_and_use_them(cli: Cli, world: World, tmp_path: Path) 
     )  # fmt: skip
     assert outcome.status == 0, outcome.err
     assert json.loads(outcome.out)["prompt_tokens"] > 16
+    merged = cli("fuse", "--model", world.model, "--run", tmp_path / "two", "--output", tmp_path / "fused")
+    assert merged.status == 0 and merged.out.strip().endswith(str(tmp_path / "fused")), merged
+    again = cli(
+        "generate", "--model", tmp_path / "fused", "--image", _picture(world),
+        "--prompt", "How many shapes are there?", "--max-tokens", 5, "--json",
+    )  # fmt: skip
+    assert json.loads(again.out)["tokens"] == json.loads(outcome.out)["tokens"]
+    refused(cli("fuse", "--model", world.model, "--run", world.model, "--output", tmp_path / "x"), "is not a run")
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(cli: Cli, world: World, tmp_path: Path) -> None:
