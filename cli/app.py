@@ -74,11 +74,13 @@ def run() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _fail(f"the disk is full: {error.filename or 'no space left'}; free some and run it again.", error)
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             _fail(f"{error.filename}: {error.strerror}; choose a place that you may write to.", error)
-        raise
+        if error.filename is None:  # not a file that somebody named: a bug
+            raise
+        _fail(f"{error.filename}: {error.strerror or error}.", error)
 
 
 def _fail(sentence: str, error: Exception) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mlx_llama3v.cli import show
-from mlx_llama3v.cli.options import MaxSlices, Offline, settings_options, split_settings, tiling
+from mlx_llama3v.cli.options import MaxSlices, Offline, given, settings_options, split_settings, tiling
 from mlx_llama3v.config import TilingConfig
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.knob import knob
@@ -43,6 +43,7 @@ def register(app: typer.Typer) -> None:
 @settings_options(QuantConfig)
 @settings_options(Making)
 def convert(
+    ctx: typer.Context,
     vision: Annotated[
         str | None, typer.Option("--vision", help="SigLIP: directory or Hub id.", show_default=False)
     ] = None,
@@ -69,8 +70,7 @@ def convert(
     Example: `llama3v-mlx convert --vision google/siglip-so400m-patch14-384 --llm meta-llama/Llama-3.2-1B-Instruct -q`,
     or `llama3v-mlx convert --hf-path TIGER-Lab/Mantis-8B-siglip-llama3 -q`
     """
-    if not quantize and (settings["recipe"] or settings["tower"]):
-        raise CheckpointError("--quant-predicate and --q-vision say how to quantize; expected -q with them.")
+    _check_given(given(ctx), quantize, whole=hf_path is not None)
     quant = split_settings(settings, QuantConfig)[0] if quantize else None
     (making,) = split_settings(settings, Making)
     if hf_path is not None:
@@ -84,6 +84,20 @@ def convert(
         raise CheckpointError("--vision-mode goes with --hf-path only.")
     slices = None if max_slices is None else tiling(TilingConfig(), max_slices)
     _joined(vision, llm, mlx_path, making, slices, quant, dry_run, offline)
+
+
+def _check_given(asked: set[str], quantize: bool, whole: bool) -> None:
+    """Refuse what would have no effect. Raises CheckpointError."""
+    how = {f.name: f.metadata["flags"][0] for f in fields(QuantConfig)}
+    if not quantize and (unused := [flag for name, flag in how.items() if name in asked]):
+        raise CheckpointError(f"{' and '.join(unused)} say how to quantize; expected -q with them.")
+    if {"recipe", "bits"} <= asked:
+        raise CheckpointError("--quant-predicate has bits of its own; leave --q-bits out.")
+    fresh = {"projector": "--projector", "seed": "--seed", "max_slices": "--max-slices"}
+    if whole and (unused := [flag for name, flag in fresh.items() if name in asked]):
+        raise CheckpointError(
+            f"{' and '.join(unused)} go with --vision and --llm; --hf-path has a projector and tiling."
+        )
 
 
 def _joined(

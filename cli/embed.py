@@ -93,6 +93,9 @@ def embed(
     with show.bar("embed", "images") as bar:
         report = embed_data(model, data, output, **settings, progress=lambda p: bar.update(p.done, p.total, _note(p)))
     print_report(report)
+    done = report.summary
+    if done.failed and not (done.new or done.duplicates or done.reused):
+        raise DataError(f"not one picture of {data} could be read; --image-folder says where their names start.")
     _check_all_read(strict, len(report.problems), "could not be read")
 
 

@@ -50,12 +50,16 @@ def config_file(ctx: typer.Context, path: Path | None) -> Path | None:
     except (ValueError, OSError) as error:
         raise RunError(f"{path} is not a TOML file: {error}.") from error
     values = {key.replace("-", "_"): value for key, value in values.items()}
+    if tables := [key for key, value in values.items() if isinstance(value, dict)]:
+        raise RunError(f"{path}: [{tables[0]}] is a section; options stand in none, as `iters = 100`.")
     names = {parameter.name for parameter in ctx.command.params}
     if unknown := sorted(values.keys() - names):
         known = [name for name in names if name]
         near = {key: get_close_matches(key, known, 1) for key in unknown}
         what = ", ".join(key + (f" (did you mean {near[key][0]}?)" if near[key] else "") for key in unknown)
         raise RunError(f"{path}: {what} is no option of `{ctx.command.name}`.")
+    many = {parameter.name for parameter in ctx.command.params if getattr(parameter, "multiple", False)}
+    values = {key: [value] if key in many and isinstance(value, str) else value for key, value in values.items()}
     ctx.default_map = {**(ctx.default_map or {}), **values}
     return path
 
@@ -107,6 +111,11 @@ def _parameter(item: Field[Any], hint: Any) -> inspect.Parameter:
     return inspect.Parameter(
         item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option]
     )
+
+
+def given(ctx: typer.Context) -> set[str]:
+    """The options of this call that came from the command line or from --config; the others have their defaults."""
+    return {key for key in ctx.params if str(ctx.get_parameter_source(key)).endswith(("COMMANDLINE", "DEFAULT_MAP"))}
 
 
 def tiling(base: TilingConfig, max_slices: int | None) -> TilingConfig:

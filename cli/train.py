@@ -16,9 +16,10 @@ from rich.text import Text
 from mlx_llama3v.ahead import AheadConfig
 from mlx_llama3v.cli import show
 from mlx_llama3v.cli.interrupt import interruptible
-from mlx_llama3v.cli.options import Config, Offline, byte_count, settings_options, split_settings
+from mlx_llama3v.cli.options import Config, Offline, byte_count, given, settings_options, split_settings
 from mlx_llama3v.embeddings.codec import CODECS
 from mlx_llama3v.embeddings.codec import DEFAULT as DEFAULT_CODEC
+from mlx_llama3v.embeddings.store import MANIFEST
 from mlx_llama3v.errors import RunError
 from mlx_llama3v.knob import knob
 from mlx_llama3v.stages import train_stage
@@ -28,6 +29,8 @@ from mlx_llama3v.train.trainer import TrainResult
 
 # What stage sft takes over from the run that trained its projector, beside the model and the store.
 INHERITED = ("max_seq_length", "long_rows", "pack", "seed", "val_split", "val_rows", "grad_checkpoint")
+# What only stage sft has; a forgotten --stage sft would train something else for hours.
+OF_SFT = ("tune", "lora_rank", "lora_scale", "lora_dropout", "lora_layers", "lora_keys", "projector_learning_rate")
 COLOURS = {"prompt": "dim", "target": "bold green", "marker": "magenta", "visual": "cyan"}
 
 
@@ -134,9 +137,10 @@ def _before(projector: Path | None) -> dict[str, Any]:
 
 def _sources(model: str, embeddings: Path | None, before: dict[str, Any], embed_ahead: bool) -> tuple[str, Path | None]:
     """Model and store, where not given those of the run before; no store with `embed_ahead`. Raises RunError."""
-    model = model or before.get("model", "")
-    if embeddings is None and not embed_ahead and before:
-        embeddings = Path(before["store"]["path"])
+    model = model or before.get("model_path", "")
+    held = Path(before.get("store", {}).get("path", ""))
+    if embeddings is None and not embed_ahead and (held / MANIFEST).exists():  # gone after a run with --embed-ahead
+        embeddings = held
     if not model:
         raise RunError("give the model directory with --model.")
     if embed_ahead == (embeddings is not None):
@@ -147,17 +151,21 @@ def _sources(model: str, embeddings: Path | None, before: dict[str, Any], embed_
 def _settled(ctx: typer.Context, settings: dict[str, Any], before: dict[str, Any]) -> list[Any]:
     """Embedding and TrainConfig as the options and the run before have it."""
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-    given = {key for key in ctx.params if str(ctx.get_parameter_source(key)).endswith(("COMMANDLINE", "DEFAULT_MAP"))}
-    _inherit(values, before, given)
+    asked = given(ctx)
+    if values["stage"] == "pretrain" and (
+        unused := [f"--{name.replace('_', '-')}" for name in OF_SFT if name in asked]
+    ):
+        raise RunError(f"{', '.join(unused)}: stage pretrain trains the projector alone; expected --stage sft.")
+    _inherit(values, before, asked)
     return split_settings(values, Embedding, TrainConfig)
 
 
-def _inherit(values: dict[str, Any], before: dict[str, Any], given: set[str]) -> None:
+def _inherit(values: dict[str, Any], before: dict[str, Any], asked: set[str]) -> None:
     """Take over what the run before had, unless it was given, and say so. Changes `values`."""
     for name in INHERITED:
         if name not in before or before[name] == values[name]:
             continue
-        if name in given:
+        if name in asked:
             show.err.print(f"{name} is {values[name]}; the pretrain run had {before[name]}")
         else:
             values[name] = before[name]

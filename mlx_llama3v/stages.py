@@ -134,7 +134,8 @@ def embed_data(
 
     `summary.json` in the store then says what this run did (of several processes: the first one's part).
 
-    A store that exists goes on. Raises UserError: no such data, a store of another encoder, a full disk.
+    A store that exists goes on. Raises UserError: no such data, none that can be read, a store of another encoder, a
+    model or a run in its place, a full disk.
 
     Args:
         allow_outside: read pictures that lie outside `image_folder`, too (data.llava.search_folders).
@@ -143,6 +144,8 @@ def embed_data(
         shard_bytes: of a shard; a kill loses the one that is being filled, and what is under way (embeddings.embed).
         after_projector: a run (or its projector.safetensors): store that projector's output, for stage sft.
     """
+    if (output / "config.json").exists():
+        raise StoreError(f"{output} holds a model or a run; choose another directory for the store.")
     read = read_data(data)
     images = read.pictures(image_folder, allow_outside=allow_outside)
     encoder = load_encoder(model, max_slices=max_slices, offline=offline)
@@ -242,9 +245,9 @@ def _train(
     if projector is not None:
         load_run(llama3v, projector.parent if projector.is_file() else projector)
     if "projector" in store.manifest.post:
-        _use_stored_tokens(llama3v, store, config.stage)
+        _use_stored_tokens(llama3v, store, config)
     tokens = Tokens.load(path, model_config.marker_ids, model_config.eos_token_ids, model_config.prompt_layout)
-    notes = {"model": str(path), "data_file": data, "projector": str(projector or "")}
+    notes = {"model_path": str(path.resolve()), "data_file": data, "projector": str(projector or "")}
     return train(
         config,
         llama3v,
@@ -265,10 +268,11 @@ def _held_out_images(records: Sequence[Record], config: TrainConfig) -> list[str
     return [*dict.fromkeys(name for record in held_out for name in record.images)]
 
 
-def _use_stored_tokens(model: Llama3V, store: Reader, stage: str) -> None:
+def _use_stored_tokens(model: Llama3V, store: Reader, config: TrainConfig) -> None:
     """Let the model take the projector's output from the store. Raises RunError where that is another projector's."""
-    if stage != "sft":
-        raise RunError(f"{store.path} holds the output of a projector; stage {stage} trains one and needs its input.")
+    if config.stage != "sft" or config.tune_projector:
+        what = "--tune-projector" if config.tune_projector else f"stage {config.stage}"
+        raise RunError(f"{store.path} holds the output of a projector; {what} trains one and needs its input.")
     theirs, ours = store.manifest.post["projector"], projector_digest(model.projector)
     if theirs != ours:
         raise RunError(

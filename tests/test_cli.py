@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -145,7 +146,18 @@ def test_convert_mistakes(cli: Cli, tmp_path: Path) -> None:
     assert (mine / "thesis.txt").read_text() == "do not touch"
     refused(cli("convert", "--vision", siglip, "--llm", llama, "--mlx-path", out, "-q", "--q-bits", 7), "7")
     refused(cli("convert", "--vision", siglip, "--llm", llama, "--mlx-path", out, "--projector", "magic"), "magic")
+    (tmp_path / "file").touch()
+    refused(cli("convert", "--vision", siglip, "--llm", llama, "--mlx-path", tmp_path / "file" / "m"), "file")
     assert not out.exists()
+
+
+def test_convert_refuses_what_would_have_no_effect(cli: Cli, tmp_path: Path) -> None:
+    parts = ("convert", "--vision", TINY / "siglip", "--llm", TINY / "llama", "--mlx-path", tmp_path / "m")
+    refused(cli(*parts, "--q-bits", 4, "--q-mode", "affine"), "--q-bits and --q-mode", "-q")
+    refused(cli(*parts, "-q", "--q-bits", 8, "--quant-predicate", "mixed_2_6"), "--quant-predicate", "--q-bits")
+    whole = ("convert", "--hf-path", tmp_path, "--mlx-path", tmp_path / "m")
+    refused(cli(*whole, "--projector", "mlp", "--seed", 1), "--projector and --seed", "--hf-path")
+    refused(cli(*whole, "--max-slices", 2), "--max-slices", "--hf-path")
 
 
 # --- embed and store
@@ -187,6 +199,9 @@ def test_embed_mistakes(cli: Cli, world: World, tmp_path: Path) -> None:
     empty.mkdir()
     refused(cli("embed", *model, "--data", empty, *output), "empty")
     refused(cli("embed", "--model", TINY / "siglip", "--data", world.data.captions, *output), "llama3v")
+    refused(cli("embed", *model, "--data", world.data.captions, "--output", world.model), "holds a model")
+    lost = cli("embed", *model, "--data", world.data.captions, "--image-folder", empty, *output)
+    refused(lost, "captions.json", "--image-folder")
     outcome = cli(
         "embed", *model, "--data", world.data.captions, "--image-folder", world.data.images,
         "--output", world.store, "--max-slices", 2,
@@ -272,10 +287,32 @@ def test_ctrl_c_saves_and_says_how_to_go_on(cli: Cli, world: World, tmp_path: Pa
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_sft_goes_on_from_a_projector_alone(cli: Cli, world: World, tmp_path: Path, monkeypatch: Any) -> None:
+    """As in the preset's own first line: model and store are those of the run, wherever one stands."""
+    monkeypatch.chdir(world.model.parent)
+    at_hand = ("--model", world.model.name, "--embeddings", world.store.name, "--iters", 1)
+    cli("train", "--config", "pretrain", *at_hand, "--data", world.data.captions, "--output", tmp_path / "one")
+    monkeypatch.chdir(tmp_path)
+    args = ("train", "--config", "sft", "--projector", "one", "--data", world.data.conversations, "--iters", 1)
+    outcome = cli(*args, "--output", "two")
+    assert outcome.status == 0, outcome.err
+    assert (tmp_path / "two" / "adapters.safetensors").is_file()
+    refused(cli(*args[:4], world.model, *args[5:], "--output", "three"), "--model")  # no run: nothing to take over
+
+
+def test_train_writes_over_nothing(cli: Cli, world: World, tmp_path: Path) -> None:
+    before = (world.model / "config.json").read_bytes()
+    refused(_train(cli, world, world.model), str(world.model), "model")
+    refused(_train(cli, world, world.store), str(world.store), "store")
+    assert (world.model / "config.json").read_bytes() == before and not (world.store / "config.json").exists()
+
+
 def test_train_config_file_and_command_line(cli: Cli, world: World, tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text("learning_rate = 0.5\nseed = 7\n")
     outcome = _train(cli, world, tmp_path / "run", "--config", tmp_path / "c.toml", "--seed", 8)
     assert outcome.status == 0, outcome.err
+    (tmp_path / "d.toml").write_text('report_to = "wandb"\nlora_keys = "q_proj"\nstage = "sft"\n')
+    refused(_train(cli, world, tmp_path / "sft", "--config", tmp_path / "d.toml"), "stage pretrain")  # one word: a list
     text = (tmp_path / "run" / "config.json").read_text()
     assert '"learning_rate": 0.5' in text and '"seed": 8' in text
 
@@ -288,6 +325,9 @@ def test_train_mistakes(cli: Cli, world: World, tmp_path: Path) -> None:
     assert cli("train", "--model", world.model, "--stage", "both").status == 2
     (tmp_path / "c.toml").write_text("learnign_rate = 1\n")
     refused(_train(cli, world, output, "--config", tmp_path / "c.toml"), "learnign_rate")
+    (tmp_path / "d.toml").write_text("[train]\nlearning_rate = 1\n")
+    refused(_train(cli, world, output, "--config", tmp_path / "d.toml"), "[train]", "section")
+    refused(_train(cli, world, output, "--tune", "dora", "--lora-keys", "q_proj"), "--tune, --lora-keys", "--stage sft")
     refused(_train(cli, world, output, "--learning-rate", -1), "learning_rate", "-1")
     strangers = [{"id": "x", "image": "x.png", "conversations": [{"from": "gpt", "value": "A cat."}]}]
     (tmp_path / "x.json").write_text(json.dumps(strangers))

@@ -113,7 +113,7 @@ def test_other_settings_are_refused(store: Store, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"batch_size was 4 and is 8 now; seed was 0") as error:
         run(settings(seed=1, batch_size=8), store, tmp_path / "run", resume=True)
     assert "step-0000006" in str(error.value)
-    with pytest.raises(RunError, match="rows was"):
+    with pytest.raises(RunError, match=r"the records that are trained on .* changed; resume"):
         run(settings(), store, tmp_path / "run", resume=True, records=chats())
     run(settings(keep=5, save_every=3), store, tmp_path / "run", resume=True)
 
@@ -124,7 +124,7 @@ def test_another_projector_is_refused(store: Store, tmp_path: Path) -> None:
     run(settings("sft"), store, tmp_path / "run")
     other = tiny_model(scale=1.0)
     other.projector.markers = other.projector.markers + 1
-    with pytest.raises(RunError, match="projector was"):
+    with pytest.raises(RunError, match="the frozen projector changed"):
         run(settings("sft"), store, tmp_path / "run", resume=True, model=other)
 
 

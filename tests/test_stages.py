@@ -108,6 +108,9 @@ def test_the_projectors_output_serves_that_projector_alone(
     embed(model, data, tmp_path / "store", after_projector=run)
     with pytest.raises(RunError, match="holds the output of a projector; stage pretrain trains one"):
         train(model, data, tmp_path / "store", tmp_path / "a", "pretrain")
+    learning = TrainConfig(stage="sft", iters=1, tune_projector=True)
+    with pytest.raises(RunError, match="holds the output of a projector; --tune-projector trains one"):
+        train_stage(model, data.conversations, tmp_path / "store", tmp_path / "a", learning, projector=run)
     train(model, data, pretrained / "store", tmp_path / "other", "pretrain", run)
     with pytest.raises(RunError, match=r"holds the output of projector .*, but --projector gives"):
         train(model, data, tmp_path / "store", tmp_path / "b", "sft", tmp_path / "other")

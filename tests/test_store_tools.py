@@ -161,6 +161,9 @@ def test_prune_keeps_what_is_named(tmp_path: Path) -> None:
     assert store.info()["images"] == 4
     np.testing.assert_array_equal(store.read("copy.jpg").patches, picture(5).patches)
     assert tools.prune(tmp_path, keep) == (0, 0)
+    with pytest.raises(StoreError, match=r"none of the \d+ pictures of .* is named .*nothing was dropped"):
+        tools.prune(tmp_path, {"images/1.jpg"})  # names of another folder: the store would be lost
+    assert Store(tmp_path).info()["images"] == 4
 
 
 def test_merge_holds_each_picture_once(tmp_path: Path) -> None:

@@ -148,6 +148,8 @@ def test_a_run_is_not_overwritten(store: Store, tmp_path: Path) -> None:
     run(settings(iters=2, save_every=0), store, tmp_path / "run")
     with pytest.raises(RunError, match="holds a run already"):
         run(settings(iters=2), store, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")  # ended before its first report
+    run(settings(iters=2), store, tmp_path / "run")
 
 
 def test_a_loss_that_is_not_a_number_names_step_and_rows(store: Store, tmp_path: Path) -> None:

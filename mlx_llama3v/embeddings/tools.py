@@ -41,7 +41,8 @@ def prune(path: Path, keep: Collection[str], progress: Progress | None = None) -
 
     A shard that loses something is written anew under the next number before the old one is deleted, so that at
     most one shard's room is needed and a kill leaves a picture twice at worst, which the next run clears.
-    Raises StoreError: no store there, damaged, in use, or the disk refuses.
+    Raises StoreError: no store there, damaged, in use, none of its pictures named (a wrong data file would empty it),
+    or the disk refuses.
     """
     Manifest.read(path)  # a directory that is no store gets no lock file
     lock = Lock(path)
@@ -49,6 +50,11 @@ def prune(path: Path, keep: Collection[str], progress: Progress | None = None) -
         store = Store(path)
         wanted = set(keep)
         shas = {sha for shard in store.shards for name, sha in shard.index.names() if name in wanted}
+        if store.shards and not shas:
+            raise StoreError(
+                f"none of the {len(store)} pictures of {path} is named by what to keep ({len(wanted)} names); "
+                "nothing was dropped. To drop all of them, delete the directory."
+            )
         number = max([number for number, _ in shard_files(path)], default=-1) + 1
         before = store.info()
         seen: set[str] = set()

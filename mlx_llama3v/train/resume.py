@@ -23,11 +23,18 @@ import numpy as np
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_map_with_path
 
+from mlx_llama3v.embeddings.store import MANIFEST
 from mlx_llama3v.errors import RunError
-from mlx_llama3v.tensors import load_file, mismatches, save_safetensors_atomic, sync, write_text
+from mlx_llama3v.tensors import load_file, mismatches, read_json, save_safetensors_atomic, sync, write_text
 
 CHECKPOINTS = "checkpoints"
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+DIGESTS = {  # settings of which a checkpoint holds the digest alone
+    "rows": "the records that are trained on (of another data file, --val-split, or a store with other pictures)",
+    "tokenizer": "the tokenizer",
+    "embeddings": "the encoder of the store",
+    "projector": "the frozen projector",
+}
 _NAME = re.compile(r"step-(\d{7,})")
 
 
@@ -40,6 +47,15 @@ class State:
     batches: int  # batches done, over all epochs: the position in the data
     settings: dict[str, Any]  # what must be the same to go on
     window: dict[str, float]
+
+
+def check_place(run_dir: Path) -> None:
+    """Raise RunError where a run would write over a model directory, a checkpoint, or into a store."""
+    config = run_dir / "config.json"
+    if (run_dir / MANIFEST).exists():
+        raise RunError(f"{run_dir} is an embedding store; choose another directory for the run.")
+    if config.is_file() and "train" not in read_json(config):
+        raise RunError(f"{run_dir} holds a model; choose another directory for the run.")
 
 
 def save(run_dir: Path, state: State, model: nn.Module, optimizer: Optimizer, keep: int) -> Path:
@@ -90,8 +106,14 @@ def require_same(checkpoint: Path, have: Mapping[str, Any], want: Mapping[str, A
     """Raise RunError naming every setting, with both values, that differs from the checkpoint's."""
     differ = [key for key in {**have, **want} if have.get(key) != want.get(key)]
     if differ:
-        what = "; ".join(f"{key} was {have.get(key)!r} and is {want.get(key)!r} now" for key in differ)
+        what = "; ".join(_difference(key, have.get(key), want.get(key)) for key in differ)
         raise RunError(f"{checkpoint} was made with other settings: {what}; resume with those, or start anew.")
+
+
+def _difference(key: str, had: Any, has: Any) -> str:
+    if key in DIGESTS:  # a digest tells nobody anything
+        return f"{DIGESTS[key]} changed"
+    return f"{key} was {had!r} and is {has!r} now"
 
 
 def restore(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:

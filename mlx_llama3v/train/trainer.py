@@ -96,6 +96,7 @@ def train(
         RunError: settings that clash or differ from the checkpoint's, a loss that is not a number.
         StoreError: embeddings that do not fit the model, a damaged shard.
     """
+    checkpointing.check_place(Path(run_dir))
     run = _Run(config.resolved(), model, tokens, store, records, Path(run_dir), callbacks or Callbacks())
     if dry_run:
         return run.dry(resume)
@@ -201,7 +202,8 @@ class _Run:
     def _checkpoint(self, resume: bool) -> Path | None:
         """The checkpoint to go on from. Raises RunError where a run would be overwritten."""
         found = checkpointing.checkpoints(self.path)
-        if not resume and (found or (self.path / METRICS).exists()):
+        metrics = self.path / METRICS  # empty where a run ended before its first report: there is nothing to lose
+        if not resume and (found or (metrics.exists() and metrics.stat().st_size)):
             raise RunError(f"{self.path} holds a run already; resume it, or choose another directory.")
         return found[-1] if found else None
 
@@ -233,7 +235,7 @@ class _Run:
             "data": {"rows": len(self.rows), "held_out": held_out, "left_out": len(self.problems)},
             "trainable": {"parameters": self.trainable.count, "of": self.trainable.total},
             "store": {
-                "path": str(self.store.path),
+                "path": str(self.store.path.resolve()),
                 "codec": self.store.codec.name,
                 "post": self.store.manifest.post,
             },
