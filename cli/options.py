@@ -37,11 +37,17 @@ PRESETS = Path(__file__).parent / "presets"
 def config_file(ctx: typer.Context, path: Path | None) -> Path | None:
     """Callback of `--config FILE.toml`: its values become the defaults, the command line wins.
 
-    A name that is no file may be that of a preset of this package.
+    With `train`, a name that is no file may be that of a preset of this package.
     """
     if path is None:
         return None
-    if not path.exists() and (preset := PRESETS / path.with_suffix(".toml").name).is_file() and path.parent == Path():
+    presets = ctx.command.name == "train"
+    if (
+        presets
+        and not path.exists()
+        and (preset := PRESETS / path.with_suffix(".toml").name).is_file()
+        and path.parent == Path()
+    ):
         path = preset
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -64,15 +70,13 @@ def config_file(ctx: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-Config = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        "-c",
-        callback=config_file,
-        is_eager=True,
-        help="TOML file with defaults for these options, or a preset's name (pretrain, sft).",
-    ),
+def _config_option(help: str) -> Any:
+    return typer.Option("--config", "-c", callback=config_file, is_eager=True, help=help)
+
+
+Config = Annotated[Path | None, _config_option("TOML file with defaults for these options.")]
+TrainConfigFile = Annotated[
+    Path | None, _config_option("TOML file with defaults for these options, or a preset's name (pretrain, sft).")
 ]
 
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from mlx_llama3v.ahead import AheadConfig
 from mlx_llama3v.cli import show
 from mlx_llama3v.cli.interrupt import interruptible
-from mlx_llama3v.cli.options import Config, Offline, byte_count, given, settings_options, split_settings
+from mlx_llama3v.cli.options import Offline, TrainConfigFile, byte_count, given, settings_options, split_settings
 from mlx_llama3v.embeddings.codec import CODECS
 from mlx_llama3v.embeddings.codec import DEFAULT as DEFAULT_CODEC
 from mlx_llama3v.embeddings.store import MANIFEST
@@ -47,6 +47,13 @@ class Embedding:
     store_budget: str = knob("50GB", "Disk that --embed-ahead may use, as 50GB or 800MB.")
     codec: str = knob(DEFAULT_CODEC, "How --embed-ahead holds embeddings.", choices=tuple(CODECS))
 
+    def check(self, asked: set[str]) -> None:
+        """Refuse what would have no effect. Raises RunError."""
+        names = {"codec", "store_budget"} & asked
+        if names and not self.embed_ahead:
+            flags = " and ".join(sorted(f"--{name.replace('_', '-')}" for name in names))
+            raise RunError(f"{flags} go with --embed-ahead; a store has its own codec and size.")
+
     def ahead(self, model: str, offline: bool) -> AheadConfig | None:
         """Its configuration; None for a run on a store."""
         if not self.embed_ahead:
@@ -74,14 +81,17 @@ def train(
     ] = None,
     projector: Annotated[
         Path | None,
-        typer.Option("--projector", help="Run (or file) to take the projector from; sft needs one."),
+        typer.Option(
+            "--projector",
+            help="Run (or file) to take the projector from; sft needs one, unless the model's is trained.",
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of --output.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check all data and show what would be trained; write nothing.")
     ] = False,
     offline: Offline = False,
-    config: Config = None,
+    config: TrainConfigFile = None,
     **settings: Any,
 ) -> None:
     """Train the projector (stage pretrain) or the decoder (stage sft); the rest stays frozen.
@@ -157,7 +167,9 @@ def _settled(ctx: typer.Context, settings: dict[str, Any], before: dict[str, Any
     ):
         raise RunError(f"{', '.join(unused)}: stage pretrain trains the projector alone; expected --stage sft.")
     _inherit(values, before, asked)
-    return split_settings(values, Embedding, TrainConfig)
+    settled = split_settings(values, Embedding, TrainConfig)
+    settled[0].check(asked)
+    return settled
 
 
 def _inherit(values: dict[str, Any], before: dict[str, Any], asked: set[str]) -> None:

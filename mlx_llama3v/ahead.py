@@ -67,11 +67,18 @@ class Ahead:
     """The encoder's process, and the store that it fills. Use it as a context manager: the process ends with it."""
 
     def __init__(
-        self, directory: Path, config: AheadConfig, images: Mapping[str, Path], always: Sequence[str] = ()
+        self,
+        directory: Path,
+        config: AheadConfig,
+        images: Mapping[str, Path],
+        always: Sequence[str] = (),
+        *,
+        resume: bool = False,
     ) -> None:
         """Read the header of every picture; embed those of `always` (read at any time) at once, into `held-out`.
 
-        Raises StoreError where the directory cannot be written.
+        `resume`: read the same codes as the run before. Raises StoreError where not one picture can be read, or the
+        directory cannot be written.
         """
         self._directory, self._config, self._images = directory, config, images
         self._process: subprocess.Popen[bytes] | None = None
@@ -79,6 +86,12 @@ class Ahead:
         encoder = load_encoder(config.model, max_slices=config.max_slices, offline=config.offline)
         post = load_post(model, config.pool, Path(config.after_projector) if config.after_projector else None)
         layouts, problems = scan(images, encoder)
+        if problems and not layouts:
+            why = next(iter(problems.values()))
+            raise StoreError(
+                f"not one of {len(problems)} pictures can be read, the first: {why.rstrip('.')}; "
+                "--image-folder says where names in the data file start."
+            )
         describe = plain(post.describe()) if post is not None else {}
         shrinks = [int(describe.get("pool", 1))]
         width = encoder.vision.hidden_size
@@ -88,7 +101,7 @@ class Ahead:
         for n in shrinks:
             layouts = {name: pooled_layout(layout, n) for name, layout in layouts.items()}
         directory.mkdir(parents=True, exist_ok=True)
-        if not (directory / CHANNELS).exists():  # fitted once: a resumed run must read the same codes
+        if not (resume and (directory / CHANNELS).exists()):
             _fit(directory / CHANNELS, config.codec, encoder, post, [images[name] for name in layouts])
         held = None
         if always:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_llama3v import estimate
 from mlx_llama3v.ahead import Ahead, AheadConfig
-from mlx_llama3v.checkpoint import load_config, load_model, load_run, resolve
+from mlx_llama3v.checkpoint import load_config, load_model, load_projector, load_run, resolve
 from mlx_llama3v.config import ModelConfig
 from mlx_llama3v.data.dataset import DataSet, read_data
 from mlx_llama3v.data.records import Problem, Record
@@ -34,6 +34,8 @@ from mlx_llama3v.train.evaluate import hold_out
 from mlx_llama3v.train.report import Callbacks
 from mlx_llama3v.train.trainer import TrainResult, train
 
+# Names among a model's sources that tell of a trained projector: a fused run, a finished model, a projector given.
+TRAINED = frozenset({"run", "model", "projector"})
 SUMMARY = "summary.json"  # in a store: what the last `embed` did
 
 
@@ -190,13 +192,14 @@ def train_stage(
 ) -> TrainResult:
     """Run one stage on the records of `data`, whose pictures are in the store `embeddings`.
 
-    `projector`: the run (or its projector.safetensors) whose projector to start from; stage sft needs one.
+    `projector`: the run (or its projector.safetensors) whose projector to start from; stage sft needs one where the
+    model's is fresh.
     `ahead`: `embeddings` is not there yet; a second process fills it as training reads, from pictures that are looked
     for as `embed` does (`image_folder`). Records that cannot be read are among the result's problems. `dry_run`: see
     trainer.train. Raises UserError.
     """
     path = resolve(model, offline=offline)
-    if config.stage == "sft" and projector is None:
+    if config.stage == "sft" and projector is None and not TRAINED & load_config(path).sources.keys():
         raise RunError("stage sft keeps the projector frozen; give a trained one with --projector RUN.")
     records = read_data(data)
     if not records.records:
@@ -209,7 +212,7 @@ def train_stage(
         else:
             images = _files(records, image_folder)
             always = _held_out_images(records.records, config)
-            store = stack.enter_context(Ahead(embeddings, ahead, images, always)).store
+            store = stack.enter_context(Ahead(embeddings, ahead, images, always, resume=resume)).store
         result = _train(path, store, records.records, output, config, projector, resume, callbacks, str(data), dry_run)
     return replace(result, problems=(*records.problems, *result.problems))
 
@@ -243,7 +246,7 @@ def _train(
     _check_store(store, store.path, model_config, path)
     llama3v = load_model(path)
     if projector is not None:
-        load_run(llama3v, projector.parent if projector.is_file() else projector)
+        _take_projector(llama3v, projector)
     if "projector" in store.manifest.post:
         _use_stored_tokens(llama3v, store, config)
     tokens = Tokens.load(path, model_config.marker_ids, model_config.eos_token_ids, model_config.prompt_layout)
@@ -260,6 +263,19 @@ def _train(
         notes=notes,
         dry_run=dry_run,
     )
+
+
+def _take_projector(model: Llama3V, projector: Path) -> None:
+    """Start from the projector of a run, or from a file of one. Raises UserError."""
+    if projector.is_file():
+        model.projector = load_projector(model.config, projector)
+        return
+    if (projector / "adapters.safetensors").is_file():  # a new run would hold its own changes to the decoder alone
+        raise RunError(
+            f"{projector} trained the decoder, too; merge it (`llama3v-mlx fuse`) and train the result, without "
+            f"--projector, or take the projector alone: --projector {projector / 'projector.safetensors'}."
+        )
+    load_run(model, projector)
 
 
 def _held_out_images(records: Sequence[Record], config: TrainConfig) -> list[str]:

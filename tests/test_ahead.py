@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_llama3v.ahead import Ahead, AheadConfig
+from mlx_llama3v.ahead import CHANNELS, Ahead, AheadConfig
 from mlx_llama3v.demo.dataset import DataSet, draw
 from mlx_llama3v.embeddings.codec import fidelity
 from mlx_llama3v.embeddings.store import Store
@@ -91,7 +91,7 @@ def test_a_resumed_run_reads_from_its_own_turn(model: Path, data: DataSet, whole
     with Ahead(tmp_path, AheadConfig(str(model), BUDGET, codec="int8"), paths) as ahead:
         ahead.store.expect(run)
         ahead.store.begin(3)
-    with Ahead(tmp_path, AheadConfig(str(model), BUDGET, codec="int8"), paths) as ahead:
+    with Ahead(tmp_path, AheadConfig(str(model), BUDGET, codec="int8"), paths, resume=True) as ahead:
         ahead.store.expect(run[7:])
         for turn, names in run[7:]:
             ahead.store.begin(turn)
@@ -124,6 +124,20 @@ def test_unreadable_pictures_are_told_before_or_blank(model: Path, data: DataSet
         assert "half.png" in store.failures
         store.begin(1)
         assert store.read(names[2]).patches.any()
+
+
+def test_a_wrong_folder_is_named_and_leaves_nothing_to_a_second_try(model: Path, data: DataSet, tmp_path: Path) -> None:
+    paths = images(data)
+    config = AheadConfig(str(model), BUDGET, "int4")
+    with pytest.raises(StoreError, match=r"not one of 60 pictures can be read, the first: .*; --image-folder"):
+        Ahead(tmp_path / "ahead", config, {name: tmp_path / path.name for name, path in paths.items()})
+    assert not (tmp_path / "ahead").exists()
+    some = dict([*paths.items()][:1])
+    for resume, same in ((False, False), (True, True)):
+        Ahead(tmp_path / "ahead", config, some).close()
+        before = (tmp_path / "ahead" / CHANNELS).read_bytes()
+        Ahead(tmp_path / "ahead", config, paths, resume=resume).close()
+        assert ((tmp_path / "ahead" / CHANNELS).read_bytes() == before) == same
 
 
 def test_an_encoder_that_dies_is_an_error_not_a_hang(model: Path, data: DataSet, tmp_path: Path) -> None:

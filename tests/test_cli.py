@@ -105,6 +105,11 @@ def test_help_of_every_command_has_an_example(cli: Cli) -> None:
         assert outcome.status == 0 and "Example" in outcome.out, name
 
 
+def test_presets_are_for_train_alone(cli: Cli) -> None:
+    assert "preset" in cli("train", "--help").out and "preset" not in cli("generate", "--help").out
+    refused(cli("generate", "--model", "m", "--prompt", "x", "--config", "sft"), "sft is missing")
+
+
 def test_version(cli: Cli) -> None:
     from mlx_llama3v import __version__
 
@@ -328,6 +333,7 @@ def test_train_mistakes(cli: Cli, world: World, tmp_path: Path) -> None:
     (tmp_path / "d.toml").write_text("[train]\nlearning_rate = 1\n")
     refused(_train(cli, world, output, "--config", tmp_path / "d.toml"), "[train]", "section")
     refused(_train(cli, world, output, "--tune", "dora", "--lora-keys", "q_proj"), "--tune, --lora-keys", "--stage sft")
+    refused(_train(cli, world, output, "--codec", "int8"), "--codec", "--embed-ahead")
     refused(_train(cli, world, output, "--learning-rate", -1), "learning_rate", "-1")
     strangers = [{"id": "x", "image": "x.png", "conversations": [{"from": "gpt", "value": "A cat."}]}]
     (tmp_path / "x.json").write_text(json.dumps(strangers))

@@ -19,6 +19,7 @@ from mlx_llama3v.tensors import load_file
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.weights import TINY
 from mlx_llama3v.weights.convert import convert
+from mlx_llama3v.weights.fuse import fuse
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,22 @@ def test_the_projectors_output_trains_stage_sft_alike(
     ours, given = (load_file(folder / "projector.safetensors") for folder in (tmp_path / "sft", run))
     assert ours.keys() == given.keys() and all((ours[key] == given[key]).all().item() for key in ours)
     load_run(load_model(model), tmp_path / "sft")
+
+
+def test_a_run_on_a_tuned_model(model: Path, data: DataSet, pretrained: Path, tmp_path: Path) -> None:
+    """What a run changed in the decoder is fused first: a run on top of it would hold its own changes alone."""
+    store, tuned = pretrained / "store", tmp_path / "sft"
+    with pytest.raises(RunError, match="give a trained one with --projector RUN"):
+        train(model, data, store, tmp_path / "a", "sft")
+    train(model, data, store, tuned, "sft", pretrained / "pretrain")
+    with pytest.raises(RunError, match="trained the decoder, too; merge it"):
+        train(model, data, store, tmp_path / "a", "sft", tuned)
+    train(model, data, store, tmp_path / "alone", "sft", tuned / "projector.safetensors")
+    fused = fuse(model, tuned, tmp_path / "fused")
+    train(fused, data, store, tmp_path / "more", "sft")
+    ours, given = (load_file(folder / "projector.safetensors") for folder in (tmp_path / "more", tuned))
+    assert all((ours[key] == given[key]).all().item() for key in given)
+    load_run(load_model(fused), tmp_path / "more")
 
 
 def test_the_projectors_output_serves_that_projector_alone(

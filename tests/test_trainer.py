@@ -200,6 +200,7 @@ def test_shuffled_pictures_are_others() -> None:
     records = captions(24)
     pairs = list(zip(records, shuffled(records), strict=True))
     assert all(a.images != b.images and a.messages == b.messages and a.id == b.id for a, b in pairs)
+    assert shuffled(records[:1] * 2) == []
 
 
 def test_a_compiled_run_learns_the_same(store: Store, tmp_path: Path) -> None:

@@ -99,7 +99,10 @@ class Evaluator:
 
 
 def shuffled(records: Sequence[Record]) -> list[Record]:
-    """The records with each other's pictures: those of the next record that has as many, and others."""
+    """The records with each other's pictures: those of the next record that has as many, and others.
+
+    None where no record has any to lend: their own would pass for wrong ones.
+    """
     groups: dict[int, list[tuple[str, ...]]] = defaultdict(list)
     for record in records:
         if record.images not in groups[len(record.images)]:
@@ -109,6 +112,8 @@ def shuffled(records: Sequence[Record]) -> list[Record]:
         group = groups[len(images)]
         return group[(group.index(images) + 1) % len(group)]
 
+    if all(len(group) == 1 for group in groups.values()):
+        return []
     return [replace(record, images=next_of(record.images)) for record in records]
 
 
