@@ -8,8 +8,10 @@ import sys
 import warnings
 from collections.abc import Iterable
 from importlib import import_module
+from typing import Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from mlx_llama3v.errors import UserError
 from mlx_llama3v.version import __version__
@@ -37,10 +39,21 @@ def options(
         os.environ[DEBUG] = "1"
 
 
+class _Commands(TyperGroup):
+    """The commands; Ctrl-C in one of them is told, which Typer ends with the bare status."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _interrupted()
+
+
 def build(commands: Iterable[str] = COMMANDS) -> typer.Typer:
     """The application with these commands."""
     app = typer.Typer(
         name="llama3v-mlx",
+        cls=_Commands,
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -67,9 +80,8 @@ def run() -> None:
         build(wanted if wanted or "--version" in words else COMMANDS)()
     except UserError as error:
         _fail(str(error), error)
-    except KeyboardInterrupt:
-        typer.echo("\nInterrupted; run the same command again to go on where it can.", err=True)
-        sys.exit(130)
+    except KeyboardInterrupt:  # while the command was imported
+        _interrupted()
     except BrokenPipeError:  # `llama3v-mlx ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -81,6 +93,11 @@ def run() -> None:
         if error.filename is None:  # not a file that somebody named: a bug
             raise
         _fail(f"{error.filename}: {error.strerror or error}.", error)
+
+
+def _interrupted() -> NoReturn:
+    typer.echo("\nInterrupted; run the same command again to go on where it can.", err=True)
+    sys.exit(130)
 
 
 def _fail(sentence: str, error: Exception) -> None:

@@ -28,6 +28,12 @@ class Making:
     projector: str = knob(
         "attention", "attention, linear or mlp; or a trained one: the .safetensors file of a LLaVA projector."
     )
+    tiling: str = knob(
+        "uhd",
+        "Pictures of a model to be trained. uhd: in their own shape, large ones split; squash: one square, as the "
+        "formats of `export` see them.",
+        choices=("uhd", "squash"),
+    )
     dtype: str | None = knob(
         None, "float32, float16 or bfloat16; default: as stored, with -q 16 bit for tower and trained projector."
     )
@@ -82,7 +88,11 @@ def convert(
         raise CheckpointError("expected --vision and --llm, or --hf-path for a finished model.")
     if making.vision_mode:
         raise CheckpointError("--vision-mode goes with --hf-path only.")
+    if making.tiling == "squash" and max_slices:
+        raise CheckpointError("--tiling squash makes no slices; leave --max-slices out.")
     slices = None if max_slices is None else tiling(TilingConfig(), max_slices)
+    if making.tiling == "squash":
+        slices = TilingConfig("squash", 0)
     _joined(vision, llm, mlx_path, making, slices, quant, dry_run, offline)
 
 
@@ -93,7 +103,7 @@ def _check_given(asked: set[str], quantize: bool, whole: bool) -> None:
         raise CheckpointError(f"{' and '.join(unused)} say how to quantize; expected -q with them.")
     if {"recipe", "bits"} <= asked:
         raise CheckpointError("--quant-predicate has bits of its own; leave --q-bits out.")
-    fresh = {"projector": "--projector", "seed": "--seed", "max_slices": "--max-slices"}
+    fresh = {"projector": "--projector", "seed": "--seed", "max_slices": "--max-slices", "tiling": "--tiling"}
     if whole and (unused := [flag for name, flag in fresh.items() if name in asked]):
         raise CheckpointError(
             f"{' and '.join(unused)} go with --vision and --llm; --hf-path has a projector and tiling."
@@ -145,7 +155,8 @@ def _finished(
         return
     with show.bar("convert", "MB") as bar:
         report = convert_vlm(hf_path, mlx_path, quantize=quant, dtype=making.dtype, progress=megabytes(bar), **whole)
-    show.out.print(f"{report.config.sources['family']}, prompt layout {report.config.prompt_layout.name}.")
+    family = report.config.sources.get("family", "Exported by llama3v-mlx")
+    show.out.print(f"{family}, prompt layout {report.config.prompt_layout.name}.")
     print_report(report)
 
 

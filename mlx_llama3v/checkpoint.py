@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -282,15 +282,23 @@ def load_projector(config: ModelConfig, run: str | Path) -> Projector:
     return projector
 
 
-def run_pool(run_dir: str | Path | None) -> int | None:
-    """N of the N x N patches whose means a run was trained on; None where the run does not say."""
+def trained_on(config: ModelConfig, run_dir: str | Path | None) -> ModelConfig:
+    """`config` with pictures as the store of a run had them: at most so many slices, means over N x N patches.
+
+    Unchanged where the run does not say (an older one, or bare files).
+    """
     file = Path(run_dir).expanduser() / "config.json" if run_dir is not None else None
-    if file is None or not file.is_file():
-        return None
-    store = read_json(file).get("store")
-    post = store.get("post") if isinstance(store, dict) else None
+    values = read_json(file).get("store") if file is not None and file.is_file() else None
+    if not isinstance(values, dict):
+        return config
+    post, tiling = values.get("post"), values.get("tiling")
     pool = post.get("pool", 1) if isinstance(post, dict) else None
-    return pool if isinstance(pool, int) and pool > 0 else None
+    if isinstance(pool, int) and pool > 0:
+        config = replace(config, patch_pool=pool)
+    most = tiling.get("max_slices") if isinstance(tiling, dict) else None
+    if isinstance(most, int) and most >= 0:
+        config = replace(config, tiling=replace(config.tiling, max_slices=most))
+    return config
 
 
 def _add_adapters(decoder: nn.Module, config_file: Path) -> dict[str, mx.array]:

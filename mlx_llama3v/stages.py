@@ -315,3 +315,8 @@ def _check_store(store: Reader, path: Path, config: ModelConfig, model: Path) ->
         found = store.manifest.fingerprint.get(key)
         if found != value:
             raise StoreError(f"{path} was made with {key} {found}, but {model} has {value}; embed with that model.")
+    mode = store.manifest.fingerprint.get("tiling", {}).get("mode", config.tiling.mode)
+    if mode != config.tiling.mode:
+        raise StoreError(
+            f"{path} holds pictures as {mode}, but {model} takes them as {config.tiling.mode}; embed again."
+        )

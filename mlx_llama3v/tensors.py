@@ -7,8 +7,10 @@ that of the model. Pickles (.bin, .pth) are never opened.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -138,11 +140,16 @@ def load_into(module: nn.Module, weights: Mapping[str, mx.array], where: Path | 
 def save_safetensors_atomic(
     path: Path | str, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write one file that is complete or absent: to a temporary name beside it, fsync, rename, fsync."""
+    """Write one file, complete or absent: to a temporary name beside it, fsync, rename, fsync. Raises OSError."""
     path = Path(path)
     partial = path.with_name(f".{path.stem}.partial.safetensors")  # mx insists on the suffix
     try:
-        mx.save_safetensors(str(partial), dict(tensors), {"format": "mlx", **(metadata or {})})
+        try:
+            mx.save_safetensors(str(partial), dict(tensors), {"format": "mlx", **(metadata or {})})
+        except RuntimeError as error:  # MLX does not say why it cannot write
+            full = shutil.disk_usage(path.parent).free < sum(value.nbytes for value in tensors.values())
+            why = errno.ENOSPC if full else errno.EIO
+            raise OSError(why, os.strerror(why), str(path)) from error
         sync(partial)
         os.replace(partial, path)
     finally:

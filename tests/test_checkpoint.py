@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -265,6 +269,21 @@ def test_a_file_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.Monkey
         save_safetensors_atomic(path, {"a": mx.ones((2,))})
     assert mx.load(str(path))["a"].tolist() == [0.0, 0.0]
     assert [file.name for file in tmp_path.iterdir()] == ["projector.safetensors"]
+
+
+@pytest.mark.parametrize(("free", "why"), [(0, errno.ENOSPC), (1 << 40, errno.EIO)])
+def test_a_disk_that_takes_no_more_is_an_error_of_the_file(
+    free: int, why: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"w\.safetensors") as caught:
+            save_safetensors_atomic(tmp_path / "w.safetensors", {"a": mx.ones((1000,))})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == why and not [*tmp_path.iterdir()]
 
 
 def test_save_model_round_trip(model_dir: Path, tmp_path: Path) -> None:

@@ -156,6 +156,23 @@ def test_convert_mistakes(cli: Cli, tmp_path: Path) -> None:
     assert not out.exists()
 
 
+def test_a_model_to_be_exported_sees_squares(cli: Cli, world: World, tmp_path: Path) -> None:
+    """Made for it, trained, exported and converted back: nothing is squashed that was not so in training."""
+    made = ("--vision", TINY / "siglip", "--llm", TINY / "llama", "--projector", "mlp", "--tiling", "squash")
+    cli("convert", *made, "--mlx-path", tmp_path / "m")
+    data = ("--model", tmp_path / "m", "--data", world.data.captions)
+    cli("embed", *data, "--image-folder", world.data.images, "--output", tmp_path / "s")
+    cli("train", *data, "--embeddings", tmp_path / "s", "--iters", 1, "--output", tmp_path / "one")
+    made_of = ("--model", tmp_path / "m", "--run", tmp_path / "one", "--output", tmp_path / "hf")
+    assert cli("export", *made_of).status == 0
+    assert cli("convert", "--hf-path", tmp_path / "hf", "--mlx-path", tmp_path / "back").status == 0
+    sft = ("--data", world.data.conversations, "--embeddings", tmp_path / "s", "--iters", 1, "--stage", "sft")
+    on = cli("train", "--model", tmp_path / "back", *sft, "--output", tmp_path / "two")  # its projector is trained
+    assert on.status == 0, on.err
+    refused(cli("export", "--model", world.model, "--output", tmp_path / "x"), "attention")
+    refused(cli("convert", *made, "--max-slices", 2, "--mlx-path", tmp_path / "n"), "--max-slices")
+
+
 def test_convert_refuses_what_would_have_no_effect(cli: Cli, tmp_path: Path) -> None:
     parts = ("convert", "--vision", TINY / "siglip", "--llm", TINY / "llama", "--mlx-path", tmp_path / "m")
     refused(cli(*parts, "--q-bits", 4, "--q-mode", "affine"), "--q-bits and --q-mode", "-q")
@@ -220,6 +237,15 @@ def test_store_info_and_verify(cli: Cli, world: World) -> None:
     assert {"slices", "tokens", "bytes"} <= values.keys()
     assert "images" in cli("store", "info", world.store).out
     assert "whole" in cli("store", "verify", world.store).out
+
+
+def test_ctrl_c_in_any_command_is_told(cli: Cli, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(data: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlx_llama3v.cli.store.picture_names", interrupted)
+    outcome = cli("store", "prune", world.store, "--keep", world.data.captions)
+    assert outcome.status == 130 and "run the same command again" in outcome.err
 
 
 def test_store_mistakes(cli: Cli, world: World, tmp_path: Path) -> None:
@@ -467,6 +493,8 @@ def test_export(cli: Cli, tmp_path: Path) -> None:
     cli("convert", "--hf-path", make_llava(tmp_path / "hf"), "--mlx-path", tmp_path / "m")
     outcome = cli("export", "--model", tmp_path / "m", "--output", tmp_path / "out")
     assert str(tmp_path / "out") in outcome.out and (tmp_path / "out" / "processor_config.json").is_file()
+    again = cli("convert", "--hf-path", tmp_path / "out", "--mlx-path", tmp_path / "back")
+    assert again.status == 0 and again.out.splitlines()[-1].endswith("back"), again.err
     refused(cli("export", "--model", tmp_path / "m", "--output", tmp_path / "p", "--format", "peft"), "--run")
     shown = " ".join(cli("export", "--help").out.split())
     for name in ("hf", "peft", "gguf", "hub"):  # an example of each

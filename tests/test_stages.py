@@ -11,6 +11,7 @@ import pytest
 
 from mlx_llama3v import inference
 from mlx_llama3v.checkpoint import load_model, load_run
+from mlx_llama3v.config import TilingConfig
 from mlx_llama3v.demo.dataset import DataSet, draw
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.errors import RunError, StoreError
@@ -81,6 +82,24 @@ def test_a_pooled_store_trains_and_answers_pooled(model: Path, data: DataSet, pr
     assert fresh.layout == store.layout(name)
     np.testing.assert_allclose(fresh.patches, store.read(name).patches, rtol=2**-10, atol=2e-3)
     assert inference.load(model, pretrained / "pretrain").encoder.pool == 1  # type: ignore[union-attr]
+
+
+def test_a_run_sees_as_many_slices_as_its_store(model: Path, data: DataSet, pretrained: Path, tmp_path: Path) -> None:
+    """`embed --max-slices`, train, chat: what was trained on whole pictures is not asked about split ones."""
+    embed(model, data, tmp_path / "store", max_slices=0)
+    store, whole = Store(tmp_path / "store"), Store(pretrained / "store")
+    name = next(name for name in whole.names if whole.layout(name).rows)
+    train(model, data, tmp_path / "store", tmp_path / "run", "pretrain")
+    encoder = inference.load(model, tmp_path / "run").encoder
+    assert encoder is not None and encoder.embed(data.images / name).layout == store.layout(name)
+    assert encoder.embed(data.images / name).layout != whole.layout(name)
+    assert load_model(fuse(model, tmp_path / "run", tmp_path / "fused")).config.tiling.max_slices == 0
+
+
+def test_a_store_of_another_tiling_is_refused(model: Path, data: DataSet, pretrained: Path, tmp_path: Path) -> None:
+    square = convert(TINY / "siglip", TINY / "llama", tmp_path / "m", tiling=TilingConfig("squash", 0)).path
+    with pytest.raises(StoreError, match=r"holds pictures as uhd, but .* takes them as squash"):
+        train(square, data, pretrained / "store", tmp_path / "run", "pretrain")
 
 
 def test_the_projectors_output_trains_stage_sft_alike(

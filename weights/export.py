@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from mlx_llama3v.checkpoint import load_run, read_model, resolve, run_pool
+from mlx_llama3v.checkpoint import load_run, read_model, resolve
 from mlx_llama3v.config import ModelConfig, TilingConfig
 from mlx_llama3v.directory import LEGAL_FILES, TOKENIZER_FILES, write_directory
 from mlx_llama3v.errors import CheckpointError
@@ -34,7 +34,7 @@ from mlx_llama3v.tensors import (
 )
 from mlx_llama3v.text.tokens import Tokens, load_tokenizer, reserved_ids
 from mlx_llama3v.weights.convert import matching
-from mlx_llama3v.weights.fuse import merge
+from mlx_llama3v.weights.fuse import merge, with_run
 from mlx_llama3v.weights.hf_files import chat_template, llava_config, processor_files
 
 KEPT = "llama3v"  # the sub-folder with what the format has no place for
@@ -53,7 +53,7 @@ def open_model(model_dir: str | Path, run: str | Path | None) -> tuple[Path, Lla
         decoder = model.language_model
         merged = [(name, merge(module)) for name, module in decoder.named_modules() if hasattr(module, "fuse")]
         decoder.update_modules(tree_unflatten(merged))
-        model.config = replace(model.config, patch_pool=run_pool(run) or model.config.patch_pool)
+        model.config = with_run(model.config, run)
     return source, model
 
 
@@ -127,7 +127,7 @@ def check_square(config: ModelConfig, where: Path, modes: tuple[str, ...]) -> No
     if config.tiling.mode not in modes:
         raise CheckpointError(
             f"{where} takes pictures as {config.tiling.mode}, while the format sees one squashed square; "
-            "use --squash to export it so all the same."
+            "use --squash to export it so all the same (a model made by `convert --tiling squash` needs it not)."
         )
 
 

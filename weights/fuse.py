@@ -9,7 +9,8 @@ from pathlib import Path
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_llama3v.checkpoint import load_run, read_model, resolve, run_pool, save_model
+from mlx_llama3v.checkpoint import load_run, read_model, resolve, save_model, trained_on
+from mlx_llama3v.config import ModelConfig
 from mlx_llama3v.directory import check_output
 from mlx_llama3v.tensors import SHARD_BYTES, parameters, read_tensors
 from mlx_llama3v.weights.card import RunFacts, model_card
@@ -32,8 +33,7 @@ def fuse(model_dir: str | Path, run_dir: str | Path, out_dir: str | Path, *, sha
     decoder = model.language_model
     merged = [(name, merge(module)) for name, module in decoder.named_modules() if hasattr(module, "fuse")]
     decoder.update_modules(tree_unflatten(merged))
-    sources = {**model.config.sources, "run": Path(run_dir).expanduser().resolve().name}
-    config = replace(model.config, sources=sources, patch_pool=run_pool(run_dir) or model.config.patch_pool)
+    config = with_run(model.config, run_dir)
     towers = ("vision_tower.", "text_tower.", "logit_")
     weights = {**read_tensors(source, towers), **parameters(model)}
     counts, _ = measure(weights, config.quantization)
@@ -45,6 +45,12 @@ def fuse(model_dir: str | Path, run_dir: str | Path, out_dir: str | Path, *, sha
     del model, decoder, merged  # or they would hold every tensor until the end
     save_model(target, config, drain(weights), files=files, shard_bytes=shard_bytes)
     return target
+
+
+def with_run(config: ModelConfig, run_dir: str | Path) -> ModelConfig:
+    """`config` of a model that a run was merged into: it names the run, and takes pictures as that did."""
+    sources = {**config.sources, "run": Path(run_dir).expanduser().resolve().name}
+    return replace(trained_on(config, run_dir), sources=sources)
 
 
 def merge(adapted: nn.Module) -> nn.Module:

@@ -29,7 +29,8 @@ def load(
         checkpoint.load_run(llama3v, Path(run))
     encoder = load_encoder(path) if read_tensors(path, ("vision_tower.",)) else None
     if encoder is not None:
-        encoder.pool = checkpoint.run_pool(run) or encoder.pool
+        seen = checkpoint.trained_on(config, run)
+        encoder.pool, encoder.tiling = seen.patch_pool, seen.tiling
     return Session(llama3v, tokens, encoder, system, memory)
 
 

@@ -238,6 +238,7 @@ class _Run:
                 "path": str(self.store.path.resolve()),
                 "codec": self.store.codec.name,
                 "post": self.store.manifest.post,
+                "tiling": self.store.manifest.fingerprint.get("tiling"),
             },
             "model": self.model.config.to_dict(),
             "machine": machine(),
