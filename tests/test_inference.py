@@ -56,11 +56,14 @@ def answer(session: Session, text: str, images=(), **sampling) -> Answer:
 
 
 def uncached(model: Llama3V, row: Rendered, pictures, max_tokens: int, stop=TOKENS.stop) -> list[int]:
-    """Greedy decoding as the definition has it: the whole sequence anew for every token."""
+    """Greedy decoding as the definition has it: the whole sequence anew for every token. Markers are never said."""
     _, vectors = embed_rows(model, [row], [pictures])
     found: list[int] = []
+    unsaid = mx.array(TOKENS.unsaid(model.vocab_size))
     while len(found) < max_tokens:
-        token = int(mx.argmax(model(None, input_embeddings=vectors)[0, -1]).item())
+        scores = model(None, input_embeddings=vectors)[0, -1]
+        scores[unsaid] = -mx.inf
+        token = int(mx.argmax(scores).item())
         if token in stop:
             break
         found.append(token)
