@@ -32,7 +32,9 @@ class Reading:
     codec: str = knob(
         DEFAULT_CODEC, "How embeddings are held: int8 is half of float16, int4 0.28 of it.", choices=tuple(CODECS)
     )
-    pool: int | None = knob(None, "Store the mean over N x N patches.", min=1)
+    pool: int | None = knob(
+        None, "Store the mean over N x N patches [default: the model's or that of --after-projector, mostly 1].", min=1
+    )
     after_projector: Path | None = knob(  # noqa: RUF009
         None, "Run whose projector's output is stored instead, for stage sft."
     )

@@ -69,7 +69,14 @@ def register(app: typer.Typer) -> None:
 @settings_options(Embedding)
 def train(
     ctx: typer.Context,
-    data: Annotated[Path, typer.Option("--data", help="LLaVA-format JSON or JSONL.", show_default=False)],
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data",
+            help="What `embed` was given: LLaVA-format JSON or JSONL, parquet, a save_to_disk folder, tar shards.",
+            show_default=False,
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", help="Run directory to write.", show_default=False)],
     model: Annotated[
         str,

@@ -22,7 +22,7 @@ from mlx_llama3v.embeddings.ranks import Ranks
 from mlx_llama3v.embeddings.shard import write_atomic
 from mlx_llama3v.embeddings.store import MANIFEST, Reader, Store
 from mlx_llama3v.embeddings.writer import StoreWriter
-from mlx_llama3v.encoder import load_encoder, load_post
+from mlx_llama3v.encoder import load_encoder, load_post, stored_pool
 from mlx_llama3v.errors import DataError, RunError, StoreError
 from mlx_llama3v.estimate import Estimate, Form
 from mlx_llama3v.model import Llama3V
@@ -111,7 +111,7 @@ def _form(config: ModelConfig, max_slices: int | None, pool: int | None, after_p
     """How embeddings will be made and held."""
     tiling = config.tiling if max_slices is None else replace(config.tiling, max_slices=max_slices)
     projector = config.projector_config if after_projector is not None else None
-    return Form(config.vision_config, tiling, pool or config.patch_pool, projector)
+    return Form(config.vision_config, tiling, pool or stored_pool(config, after_projector), projector)
 
 
 def embed_data(
@@ -210,6 +210,7 @@ def train_stage(
         if ahead is None:
             store = Store(embeddings)
         else:
+            ahead = replace(ahead, pool=ahead.pool or stored_pool(load_config(path), projector))
             images = _files(records, image_folder)
             always = _held_out_images(records.records, config)
             store = stack.enter_context(Ahead(embeddings, ahead, images, always, resume=resume)).store
@@ -244,6 +245,8 @@ def _train(
     """Load the model, and train it on a store that fits it."""
     model_config = load_config(path)
     _check_store(store, store.path, model_config, path)
+    if config.stage == "sft" and not config.tune_projector:
+        _check_pool(store, stored_pool(model_config, projector))
     llama3v = load_model(path)
     if projector is not None:
         _take_projector(llama3v, projector)
@@ -263,6 +266,16 @@ def _train(
         notes=notes,
         dry_run=dry_run,
     )
+
+
+def _check_pool(store: Reader, made_for: int) -> None:
+    """Refuse embeddings of another pooling than a frozen projector learned from. Raises StoreError."""
+    held = store.manifest.post.get("pool", 1)
+    if held != made_for:
+        raise StoreError(
+            f"{store.path} holds means over {held} x {held} patches, but the projector was trained on {made_for} x "
+            f"{made_for}; embed with --pool {made_for}, or let it learn on: --tune-projector."
+        )
 
 
 def _take_projector(model: Llama3V, projector: Path) -> None:

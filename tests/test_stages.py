@@ -82,6 +82,14 @@ def test_a_pooled_store_trains_and_answers_pooled(model: Path, data: DataSet, pr
     assert fresh.layout == store.layout(name)
     np.testing.assert_allclose(fresh.patches, store.read(name).patches, rtol=2**-10, atol=2e-3)
     assert inference.load(model, pretrained / "pretrain").encoder.pool == 1  # type: ignore[union-attr]
+    # What was made of its means is not fed with single patches, nor the other way round.
+    assert embed(model, data, tmp_path / "after", after_projector=tmp_path / "run").manifest.post["pool"] == 2
+    train(model, data, tmp_path / "after", tmp_path / "sft", "sft", tmp_path / "run")
+    with pytest.raises(StoreError, match=r"means over 2 x 2 patches, but the projector was trained on 1 x 1"):
+        train(model, data, tmp_path / "store", tmp_path / "a", "sft", pretrained / "pretrain")
+    file = tmp_path / "run" / "projector.safetensors"
+    with pytest.raises(StoreError, match=r"means over 1 x 1 patches, but the projector was trained on 2 x 2"):
+        train(model, data, pretrained / "store", tmp_path / "a", "sft", file)
 
 
 def test_a_run_sees_as_many_slices_as_its_store(model: Path, data: DataSet, pretrained: Path, tmp_path: Path) -> None:
