@@ -29,8 +29,6 @@ from mlx_llama3v.train.trainer import TrainResult
 
 # What stage sft takes over from the run that trained its projector, beside the model and the store.
 INHERITED = ("max_seq_length", "long_rows", "pack", "seed", "val_split", "val_rows", "grad_checkpoint")
-# What only stage sft has; a forgotten --stage sft would train something else for hours.
-OF_SFT = ("tune", "lora_rank", "lora_scale", "lora_dropout", "lora_layers", "lora_keys", "projector_learning_rate")
 COLOURS = {"prompt": "dim", "target": "bold green", "marker": "magenta", "visual": "cyan"}
 
 
@@ -46,13 +44,6 @@ class Embedding:
     )
     store_budget: str = knob("50GB", "Disk that --embed-ahead may use, as 50GB or 800MB.")
     codec: str = knob(DEFAULT_CODEC, "How --embed-ahead holds embeddings.", choices=tuple(CODECS))
-
-    def check(self, asked: set[str]) -> None:
-        """Refuse what would have no effect. Raises RunError."""
-        names = {"codec", "store_budget"} & asked
-        if names and not self.embed_ahead:
-            flags = " and ".join(sorted(f"--{name.replace('_', '-')}" for name in names))
-            raise RunError(f"{flags} go with --embed-ahead; a store has its own codec and size.")
 
     def ahead(self, model: str, offline: bool) -> AheadConfig | None:
         """Its configuration; None for a run on a store."""
@@ -169,14 +160,39 @@ def _settled(ctx: typer.Context, settings: dict[str, Any], before: dict[str, Any
     """Embedding and TrainConfig as the options and the run before have it."""
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     asked = given(ctx)
-    if values["stage"] == "pretrain" and (
-        unused := [f"--{name.replace('_', '-')}" for name in OF_SFT if name in asked]
-    ):
-        raise RunError(f"{', '.join(unused)}: stage pretrain trains the projector alone; expected --stage sft.")
+    _check_used(values, asked)
     _inherit(values, before, asked)
-    settled = split_settings(values, Embedding, TrainConfig)
-    settled[0].check(asked)
-    return settled
+    return split_settings(values, Embedding, TrainConfig)
+
+
+def _check_used(values: dict[str, Any], asked: set[str]) -> None:
+    """Refuse options that would have no effect: a forgotten --stage sft would train something else for hours.
+
+    Raises RunError.
+    """
+    lora = ("lora_rank", "lora_scale", "lora_dropout", "lora_layers", "lora_keys")
+    pretrain, added = values["stage"] == "pretrain", bool(values["rows_per_step"])
+    for unused, names, why in (
+        (
+            pretrain,
+            ("tune", *lora, "projector_learning_rate"),
+            "stage pretrain trains the projector alone; expected --stage sft",
+        ),
+        (values["tune"] == "full", lora, "--tune full has no low-rank matrices"),
+        (
+            not values["tune_projector"],
+            ("projector_learning_rate",),
+            "the projector is frozen; expected --tune-projector",
+        ),
+        (
+            not values["embed_ahead"],
+            ("codec", "store_budget"),
+            "a store has its own codec and size; expected --embed-ahead",
+        ),
+        (added, ("grad_accumulation_steps",), "rows_per_step says how much is added up (0: leave it to the other)"),
+    ):
+        if unused and (found := [f"--{name.replace('_', '-')}" for name in names if name in asked]):
+            raise RunError(f"{', '.join(found)} would have no effect: {why}.")
 
 
 def _inherit(values: dict[str, Any], before: dict[str, Any], asked: set[str]) -> None:

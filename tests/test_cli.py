@@ -360,6 +360,10 @@ def test_train_mistakes(cli: Cli, world: World, tmp_path: Path) -> None:
     refused(_train(cli, world, output, "--config", tmp_path / "d.toml"), "[train]", "section")
     refused(_train(cli, world, output, "--tune", "dora", "--lora-keys", "q_proj"), "--tune, --lora-keys", "--stage sft")
     refused(_train(cli, world, output, "--codec", "int8"), "--codec", "--embed-ahead")
+    sft = ("--projector", tmp_path / "one")
+    refused(_train(cli, world, output, *sft, "--tune", "full", "--lora-rank", 4, stage="sft"), "--lora-rank", "full")
+    refused(_train(cli, world, output, *sft, "--projector-learning-rate", 1, stage="sft"), "--tune-projector")
+    refused(_train(cli, world, output, "--config", "pretrain", "--grad-accumulation-steps", 2), "rows_per_step")
     refused(_train(cli, world, output, "--learning-rate", -1), "learning_rate", "-1")
     strangers = [{"id": "x", "image": "x.png", "conversations": [{"from": "gpt", "value": "A cat."}]}]
     (tmp_path / "x.json").write_text(json.dumps(strangers))
