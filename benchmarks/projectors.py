@@ -5,9 +5,10 @@
 The recipe's claim is that two self-attention blocks beat LLaVA's linear layer. One set of pictures of the tiny world,
 embedded once (unsplit); per projector and seed a stage pretrain on captions and a short stage sft on conversations:
 the same rows in the same order, the same number of steps, learning rates the demo's for all; seconds are told, too,
-since a pooled slice is 16 visual tokens where the others hand over all 64. Told are the held-out losses of both
-stages (with the right pictures, and by how much they grow with wrong ones) and the score of an exam of unseen
-pictures. Each run is written to `--work` when it is done: call again to go on, `--only KIND:SEED` does one.
+since the attention projector hands over 16 visual tokens a slice, means of 2x2, where the others hand over all 64, as
+it does itself as `unpooled`. Told are the held-out losses of both stages (with the right pictures, and by how much they
+grow with wrong ones) and the score of an exam of unseen pictures. Each run is written to `--work` when it is done: call
+again to go on, `--only KIND:SEED` does one.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from mlx_llama3v.train.trainer import TrainResult
 from mlx_llama3v.weights import TINY
 from mlx_llama3v.weights.convert import convert
 
-KINDS, SEEDS = ("linear", "mlp", "attention"), (0, 1, 2)
+KINDS = {"linear": ("linear", 1), "mlp": ("mlp", 1), "attention": ("attention", 2), "unpooled": ("attention", 1)}
+SEEDS = (0, 1, 2)
 RATES = {"pretrain": 3e-3, "sft": 2e-3}  # the demo's
 
 
@@ -55,7 +57,9 @@ def model_of(work: Path, kind: str, seed: int) -> Path:
     """The tiny bases with a fresh projector of that kind."""
     path = work / f"model-{kind}-{seed}"
     if not (path / "config.json").exists():
-        convert(TINY / "siglip", TINY / "llama", path, projector=kind, tiling=TilingConfig(max_slices=0), seed=seed)
+        projector, pool = KINDS[kind]
+        tiling = TilingConfig(max_slices=0)
+        convert(TINY / "siglip", TINY / "llama", path, projector=projector, pool=pool, tiling=tiling, seed=seed)
     return path
 
 
@@ -149,7 +153,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
             if values:
                 axes.bar(place, statistics.mean(values), color="0.85")
                 axes.plot([place] * len(values), values, "o", color="C0", markersize=4)
-        axes.set_xticks(range(len(KINDS)), KINDS)
+        axes.set_xticks(range(len(KINDS)), KINDS, fontsize=8)
         axes.set_title(title, fontsize=10)
     FigureCanvasAgg(figure).print_png(str(path))
 

@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_llama3v.lanes import cut
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.platform import device_name
 
@@ -91,11 +92,11 @@ def _with_gradient(model: Llama3V, states: mx.array, targets: mx.array, weight: 
     def run(states: mx.array, *values: mx.array) -> tuple[mx.array, ...]:
         total, found, sums = mx.array(0.0), list[mx.array](), [mx.zeros_like(value) for value in values]
         for rows in _chunks(model, len(targets)):
-            chunk = mx.depends(states[rows], [total, *found[-1:], *sums])
+            chunk = mx.depends(states[rows], [total, *found[-1:]])
             head = dict(zip(learned, values, strict=True))
             value, of_states, of_head = _value_and_gradient(model, head, chunk, targets[rows], weight[rows])
             total, sums = total + value, [a + b for a, b in zip(sums, of_head, strict=True)]
-            found.append(of_states)
+            found.append(cut(mx.depends(of_states, [total, *sums])))
         return total, mx.concatenate(found), *sums
 
     @run.vjp
