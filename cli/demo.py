@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from contextlib import ExitStack
@@ -71,7 +72,8 @@ def print_result(result: DemoResult) -> None:
     show.out.print(f"Done in {show.duration(result.seconds)}. Next:\n")
     # After `make demo` the executable is in .venv/bin, which is on nobody's PATH.
     program = "llama3v-mlx" if shutil.which("llama3v-mlx") else sys.argv[0]
-    show.out.print(f"  {program} chat --model {result.model} --run {result.sft} --image {first}")
-    show.out.print(
-        f"  {program} classify --model {result.model} --image {first} --text 'a red circle' --text 'a chart'"
-    )
+    for words in (
+        ("chat", "--model", result.model, "--run", result.sft, "--image", first),
+        ("classify", "--model", result.model, "--image", first, "--text", "a red circle", "--text", "a chart"),
+    ):
+        show.out.print(f"  {shlex.join(map(str, (program, *words)))}", markup=False)

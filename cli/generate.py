@@ -16,6 +16,7 @@ from mlx_llama3v.cli.options import (
     Model,
     Offline,
     Run,
+    given,
     open_session,
     settings_options,
     split_settings,
@@ -33,6 +34,7 @@ def register(app: typer.Typer) -> None:
 @settings_options(Memory)
 @settings_options(Sampling)
 def generate(
+    ctx: typer.Context,
     model: Model,
     prompt: Annotated[str | None, typer.Option("--prompt", help="The question; `-` reads it from stdin.")] = None,
     image: Annotated[list[str] | None, typer.Option("--image", help="Picture; repeat for more; `-`: stdin.")] = None,
@@ -66,6 +68,11 @@ def generate(
         raise DataError("stdin (-) can be only one of --prompt, --prompts and --image.")
     if prompts is not None and image:
         raise DataError("--image goes with --prompt; with --prompts each line names its own pictures.")
+    flags = {"output": "--output", "image_folder": "--image-folder", "batch_size": "--batch-size"}
+    if prompts is None and (unused := [flag for name, flag in flags.items() if name in given(ctx)]):
+        raise DataError(f"{', '.join(unused)} would have no effect with --prompt; expected --prompts FILE.jsonl.")
+    if prompts is not None and json:
+        raise DataError("--json goes with --prompt; the answers to --prompts are JSON in any case.")
     sampling, memory = split_settings(settings, Sampling, Memory)
     if prompts is not None:
         if memory.kv_bits:
@@ -113,7 +120,10 @@ def _many(
         path = Path(prompts)
         if not path.is_file():
             raise DataError(f"{path} is missing; expected a JSONL file of questions.")
-        lines = path.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8 text (byte {error.start}); expected JSONL.") from error
         jobs = read_jobs(lines, str(path), image_folder or path.parent)
     left = unanswered(jobs, Path(output)) if output != "-" else jobs
     done = 0

@@ -176,6 +176,8 @@ def load_siglip(directory: str | Path, dtype: str | mx.Dtype | None = None) -> S
         tokenizer_files, weights, quantization = directory, sanitize(read_tensors(directory)), None
     if text is None:
         raise CheckpointError(f"{directory} has no SigLIP text tower; expected a full SigLIP checkpoint.")
+    if not weights:
+        raise CheckpointError(f"{directory} holds no SigLIP (vision_tower.*, text_tower.*); it can only read text.")
     model = SiglipModel(vision, text)
     if quantization:
         quantize_layers(model, quantization, stored=weights)

@@ -234,6 +234,17 @@ def test_siglip_sentencepiece_tokenizer(tmp_path: Path) -> None:
     assert ids[0].tolist() == (pieces.encode("a red circle") + [1] * 32)[:32]
 
 
+def test_a_text_model_has_no_siglip(model_dir: Path, tmp_path: Path) -> None:
+    text = copy(model_dir, tmp_path / "text")
+    only = {
+        name: v for name, v in read_tensors(model_dir).items() if name.startswith(("projector.", "language_model."))
+    }
+    save_safetensors_atomic(text / "model.safetensors", only)
+    (text / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match="holds no SigLIP"):
+        load_siglip(text)
+
+
 def test_siglip_without_its_text_side(vision: Path, llm: Path, tmp_path: Path) -> None:
     lone = make_siglip(tmp_path / "lone", full=False)
     for directory in (lone, convert(lone, llm, tmp_path / "model").path):

@@ -394,6 +394,10 @@ def test_generate_mistakes(cli: Cli, world: World, tmp_path: Path) -> None:
     refused(cli("generate", "--model", tmp_path / "none", "--prompt", "What?"), "none")
     refused(cli(*args, "--run", tmp_path), str(tmp_path))
     refused(cli(*args, "--temp", -1), "temp")
+    refused(cli(*args, "--output", "a.jsonl", "--batch-size", 2), "--output, --batch-size", "--prompts")
+    many = ("generate", "--model", world.model, "--prompts")
+    refused(cli(*many, tmp_path / "bad.jpg"), "bad.jpg", "UTF-8")
+    refused(cli(*many, tmp_path / "bad.jpg", "--json"), "--json")
     refused(cli("generate", "--model", world.model, "--prompt", "long " * 3000), "context")
 
 
@@ -444,7 +448,7 @@ def test_classify_mistakes(cli: Cli, world: World, tmp_path: Path) -> None:
 
 
 def test_demo_in_miniature(cli: Cli, tmp_path: Path) -> None:
-    output = tmp_path / "demo"
+    output = tmp_path / "my demo"
     small = ("--images", 12, "--questions", 9, "--pretrain-epochs", 1, "--sft-epochs", 1)
     outcome = cli("demo", "--output", output, *small)
     assert outcome.status == 0, outcome.err
@@ -461,8 +465,9 @@ def test_demo_in_miniature(cli: Cli, tmp_path: Path) -> None:
     } <= set(values)
     assert sum(kind["n"] for kind in values["kinds"].values()) == 9
     assert (output / "gallery.png").stat().st_size > 1000
-    command = next(line for line in outcome.out.splitlines() if "llama3v-mlx chat" in line).split()
-    assert cli(*command[1:], stdin="What is it?").status == 0
+    for command in [line for line in outcome.out.splitlines() if line.startswith("  llama3v-mlx ")]:
+        assert cli(*shlex.split(command)[1:], stdin="What is it?").status == 0, command
+    assert cli("demo", "--output", tmp_path / "none", "--questions", 0).status == 2
     (output / "mine.txt").write_text("keep me")
     refused(cli("demo", "--output", output, *small), "mine.txt")
     assert (output / "mine.txt").exists() and (output / "demo.json").exists()

@@ -166,6 +166,8 @@ def test_closed_by_default(served: Served) -> None:
     assert "access-control-allow-origin" not in answer.headers
     with pytest.raises(RunError, match="max_batch is 0"):
         ServeConfig(max_batch=0)
+    with pytest.raises(RunError, match="port is 99999; expected 0 to 65535"):
+        ServeConfig(port=99999)
 
 
 def test_key_and_origin(directory: Path) -> None:

@@ -15,6 +15,7 @@ from mlx_llama3v.config import TilingConfig
 from mlx_llama3v.demo.dataset import DataSet, Exam, draw
 from mlx_llama3v.demo.exam import Result, sit
 from mlx_llama3v.demo.gallery import draw_gallery
+from mlx_llama3v.embeddings.codec import CODECS
 from mlx_llama3v.embeddings.codec import DEFAULT as DEFAULT_CODEC
 from mlx_llama3v.encoder import load_encoder
 from mlx_llama3v.errors import RunError
@@ -34,12 +35,12 @@ Report = Callable[[str, int, int, str], None]  # (step of the demo, done, total,
 class DemoConfig:
     """Size of the demo; the defaults take about five minutes of two x86-64 cores."""
 
-    images: int = knob(2400, "Training pictures to draw.")
-    questions: int = knob(270, "Exam questions, one unseen picture each.")
-    pretrain_epochs: int = knob(6, "Passes over the captions (stage pretrain).")
-    sft_epochs: int = knob(2, "Passes over the conversations (stage sft).")
-    batch_size: int = knob(16, "Rows a training step.")
-    codec: str = knob(DEFAULT_CODEC, "How the store holds embeddings: float16, int8 or int4.")
+    images: int = knob(2400, "Training pictures to draw.", min=1)
+    questions: int = knob(270, "Exam questions, one unseen picture each.", min=1)
+    pretrain_epochs: int = knob(6, "Passes over the captions (stage pretrain).", min=1)
+    sft_epochs: int = knob(2, "Passes over the conversations (stage sft).", min=1)
+    batch_size: int = knob(16, "Rows a training step.", min=1)
+    codec: str = knob(DEFAULT_CODEC, "How the store holds embeddings.", choices=tuple(CODECS))
     seed: int = knob(0, "Changes the pictures, the order and the fresh weights.")
 
 

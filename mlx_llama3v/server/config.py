@@ -40,6 +40,8 @@ class ServeConfig:
                 raise RunError(f"{name} is {getattr(self, name)}; expected at least 1.")
         if self.max_queue < 0 or self.prefix_memory < 0 or self.timeout <= 0 or self.image_seconds <= 0:
             raise RunError("max_queue and prefix_memory must not be negative, timeout and image_seconds above 0.")
+        if not 0 <= self.port <= 65535:
+            raise RunError(f"port is {self.port}; expected 0 to 65535.")
         if self.image_dir is not None and not Path(self.image_dir).is_dir():
             raise RunError(f"{self.image_dir} is no folder; expected one with pictures (--image-dir).")
         if self.api_key == "":
