@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mlx_llama3v.cli import show
-from mlx_llama3v.cli.options import Model, Offline, Run
+from mlx_llama3v.cli.options import Model, Offline, Run, given
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.weights.gguf_file import TYPES
 
@@ -27,7 +27,18 @@ def register(app: typer.Typer) -> None:
     app.command()(export)
 
 
+# Options of single formats; with another one they would have no effect, which is worst for --dry-run.
+ONLY = {
+    "squash": ("hf", "gguf"),
+    "gguf_type": ("gguf",),
+    "repo": ("hub",),
+    "private": ("hub",),
+    "dry_run": ("hub",),
+}
+
+
 def export(
+    ctx: typer.Context,
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.", show_default=False)],
     run: Run = None,
@@ -65,6 +76,10 @@ def export(
     from mlx_llama3v.checkpoint import resolve
     from mlx_llama3v.weights.hub import export_hub
 
+    for name, formats in ONLY.items():
+        if name in given(ctx) and format.value not in formats:
+            flag = f"--{name.replace('_', '-')}"
+            raise CheckpointError(f"{flag} goes with --format {' or '.join(formats)}; --format is {format.value}.")
     path = resolve(model, offline=offline)
     show.leftovers(output)
     if format is Format.hub:

@@ -146,9 +146,13 @@ def _before(projector: Path | None) -> dict[str, Any]:
 def _sources(model: str, embeddings: Path | None, before: dict[str, Any], embed_ahead: bool) -> tuple[str, Path | None]:
     """Model and store, where not given those of the run before; no store with `embed_ahead`. Raises RunError."""
     model = model or before.get("model_path", "")
-    held = Path(before.get("store", {}).get("path", ""))
-    if embeddings is None and not embed_ahead and (held / MANIFEST).exists():  # gone after a run with --embed-ahead
-        embeddings = held
+    held = before.get("store", {}).get("path")
+    if embeddings is None and not embed_ahead and held:
+        embeddings = Path(held)
+        if not (embeddings / MANIFEST).exists():  # moved, or filled by --embed-ahead for that run alone
+            raise RunError(
+                f"the store of the run before ({held}) is not there; give one with --embeddings, or --embed-ahead."
+            )
     if not model:
         raise RunError("give the model directory with --model.")
     if embed_ahead == (embeddings is not None):

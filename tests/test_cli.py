@@ -329,6 +329,10 @@ def test_sft_goes_on_from_a_projector_alone(cli: Cli, world: World, tmp_path: Pa
     assert outcome.status == 0, outcome.err
     assert (tmp_path / "two" / "adapters.safetensors").is_file()
     refused(cli(*args[:4], world.model, *args[5:], "--output", "three"), "--model")  # no run: nothing to take over
+    told = json.loads((tmp_path / "one" / "config.json").read_text())
+    told["store"]["path"] = str(tmp_path / "gone")
+    (tmp_path / "one" / "config.json").write_text(json.dumps(told))
+    refused(cli(*args, "--output", "three"), str(tmp_path / "gone"), "--embeddings")
 
 
 def test_train_writes_over_nothing(cli: Cli, world: World, tmp_path: Path) -> None:
@@ -505,6 +509,10 @@ def test_export(cli: Cli, tmp_path: Path) -> None:
     again = cli("convert", "--hf-path", tmp_path / "out", "--mlx-path", tmp_path / "back")
     assert again.status == 0 and again.out.splitlines()[-1].endswith("back"), again.err
     refused(cli("export", "--model", tmp_path / "m", "--output", tmp_path / "p", "--format", "peft"), "--run")
+    wrong = ("export", "--model", tmp_path / "m", "--output", tmp_path / "q")
+    refused(cli(*wrong, "--dry-run"), "--dry-run", "--format hub")
+    refused(cli(*wrong, "--format", "hub", "--repo", "a/b", "--gguf-type", "q8_0"), "--gguf-type", "--format gguf")
+    assert not (tmp_path / "q").exists()
     shown = " ".join(cli("export", "--help").out.split())
     for name in ("hf", "peft", "gguf", "hub"):  # an example of each
         assert f"--format {name} --" in shown

@@ -204,7 +204,7 @@ class _Run:
         found = checkpointing.checkpoints(self.path)
         metrics = self.path / METRICS  # empty where a run ended before its first report: there is nothing to lose
         if not resume and (found or (metrics.exists() and metrics.stat().st_size)):
-            raise RunError(f"{self.path} holds a run already; resume it, or choose another directory.")
+            raise RunError(f"{self.path} holds a run already; go on with it (--resume), or choose another directory.")
         return found[-1] if found else None
 
     def _restore(self, checkpoint: Path) -> int:
