@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,25 @@ class Bar:
     def __init__(self, progress: Progress, unit: str, label: str) -> None:
         self._progress, self._unit = progress, unit
         self._task = progress.add_task(label, total=None, rate="", note="")
+        self._used, self._shown = False, progress.console.is_terminal  # there it lives while a model is loaded
+        if self._shown:
+            progress.start()
 
     def update(self, done: int, total: int | None = None, note: str = "") -> None:
+        if not self._shown:
+            self._progress.start()
+        self._used = self._shown = True
         self._progress.update(self._task, completed=done, total=total, note=note)
         elapsed = self._progress.tasks[self._task].elapsed or 0.0
         if elapsed > 0:
             self._progress.update(self._task, rate=f"{done / elapsed:,.1f} {self._unit}/s")
+
+    def close(self) -> None:
+        """Leave its last state; nothing of a bar that never moved, above the sentence of an error."""
+        if not self._used:
+            self._progress.update(self._task, visible=False)
+        if self._shown:
+            self._progress.stop()
 
 
 @contextmanager
@@ -46,8 +59,8 @@ def bar(label: str, unit: str) -> Iterator[Bar]:
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=err, refresh_per_second=4) as progress:
-        yield Bar(progress, unit, label)
+    with closing(Bar(Progress(*columns, console=err, refresh_per_second=4), unit, label)) as made:
+        yield made
 
 
 def leftovers(target: Path) -> None:

@@ -52,9 +52,11 @@ def verify(store: Path_) -> None:
     for why in found.values():
         show.err.print(why, markup=False)
     if found:
-        raise StoreError(f"{store}: {len(found)} damaged shards; all others are whole.")
+        raise StoreError(f"{store}: {show.plural(len(found), 'damaged shard')}; all others are whole.")
     opened = Store(store)
-    show.out.print(f"{store}: {len(opened)} images in {len(opened.shards)} shards, all whole.")
+    show.out.print(
+        f"{store}: {show.plural(len(opened), 'image')} in {show.plural(len(opened.shards), 'shard')}, all whole."
+    )
 
 
 @app.command()

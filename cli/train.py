@@ -121,7 +121,7 @@ def train(
 def _say(result: TrainResult, dry_run: bool) -> None:
     """How it ended; an interrupted run ends the command with status 130."""
     if dry_run:
-        show.out.print(f"{result.steps:,} steps would be trained; nothing was written.")
+        show.out.print(f"{show.plural(result.steps, 'step')} would be trained; nothing was written.")
     elif result.stopped is not None:
         again = [word for word in sys.argv[1:] if word != "--resume"]
         show.out.print(f"Stopped after step {result.stopped:,}, which is saved. Go on with:")
@@ -271,19 +271,19 @@ def print_evaluation(evaluation: Evaluation) -> None:
     if evaluation.eval_blind is not None:
         parts.append(f"{evaluation.eval_blind:.3f} without")
     show.err.print(f"step {evaluation.step}: {', '.join(parts)}")
-    if not evaluation.looks:
-        show.err.print(
-            f"  the pictures hardly matter: without the right ones the loss grows by {evaluation.gap:.4f} only"
-        )
+    if not evaluation.looks and (gap := evaluation.gap) is not None:
+        how = f"grows by {gap:.4f} only" if gap >= 0 else f"is {-gap:.4f} lower"
+        show.err.print(f"  the pictures do not help yet: without the right ones the loss {how}")
 
 
 def print_result(result: TrainResult) -> None:
     """Final loss and where the run is."""
-    left_out = f", {len(result.problems)} rows left out" if result.problems else ""
+    left_out = f", {show.plural(len(result.problems), 'row')} left out" if result.problems else ""
     loss = f"last loss {result.last.loss:.3f}" if result.last else "nothing was left to do"
     padding = f", {result.last.padding:.1%} padding" if result.last else ""
     show.out.print(
-        f"{result.steps:,} steps on {result.rows:,} rows in {show.duration(result.seconds)}{left_out}; {loss}{padding}."
+        f"{show.plural(result.steps, 'step')} on {show.plural(result.rows, 'row')} in {show.duration(result.seconds)}"
+        f"{left_out}; {loss}{padding}."
     )
     show.out.print(f"Run: {result.run_dir} ({', '.join(written(result))}, metrics.jsonl, loss.png)", markup=False)
 

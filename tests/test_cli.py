@@ -151,6 +151,8 @@ def test_convert_mistakes(cli: Cli, tmp_path: Path) -> None:
     assert (mine / "thesis.txt").read_text() == "do not touch"
     refused(cli("convert", "--vision", siglip, "--llm", llama, "--mlx-path", out, "-q", "--q-bits", 7), "7")
     refused(cli("convert", "--vision", siglip, "--llm", llama, "--mlx-path", out, "--projector", "magic"), "magic")
+    wrong = cli("convert", "--vision", siglip, "--llm", llama, "--mlx-path", out, "--dtype", "int8")
+    assert wrong.err.startswith("error: dtype is 'int8'")  # no empty progress bar above it
     (tmp_path / "file").touch()
     refused(cli("convert", "--vision", siglip, "--llm", llama, "--mlx-path", tmp_path / "file" / "m"), "file")
     assert not out.exists()
