@@ -150,6 +150,9 @@ def embed_data(
         raise StoreError(f"{output} holds a model or a run; choose another directory for the store.")
     read = read_data(data)
     images = read.pictures(image_folder, allow_outside=allow_outside)
+    if not images:
+        why = f"; the first problem: {read.problems[0]}" if read.problems else ""
+        raise DataError(f"{data} names no picture, so there is nothing to embed{why}.")
     encoder = load_encoder(model, max_slices=max_slices, offline=offline)
     config = load_config(resolve(model, offline=offline))
     post = load_post(config, pool, after_projector)
@@ -205,6 +208,10 @@ def train_stage(
     if not records.records:
         why = f"; the first problem: {records.problems[0]}" if records.problems else ""
         raise DataError(f"{data} has no record to train on{why}.")
+    if config.stage == "pretrain" and not any(record.images for record in records.records):
+        raise DataError(
+            f"no record of {data} has a picture, from which stage pretrain learns; expected them under image or images."
+        )
     with ExitStack() as stack:
         store: Reader
         if ahead is None:

@@ -224,6 +224,21 @@ def test_embed_mistakes(cli: Cli, world: World, tmp_path: Path) -> None:
     refused(cli("embed", *model, "--data", empty, *output), "empty")
     refused(cli("embed", "--model", TINY / "siglip", "--data", world.data.captions, *output), "llama3v")
     refused(cli("embed", *model, "--data", world.data.captions, "--output", world.model), "holds a model")
+    (tmp_path / "text.json").write_text(
+        '[{"img": "a.png", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]'
+    )
+    refused(cli("embed", *model, "--data", tmp_path / "text.json", *output), "text.json", "no picture")
+    learns = (
+        "train",
+        *model,
+        "--data",
+        tmp_path / "text.json",
+        "--embeddings",
+        world.store,
+        "--output",
+        tmp_path / "r",
+    )
+    refused(cli(*learns), "text.json", "has a picture")
     lost = cli("embed", *model, "--data", world.data.captions, "--image-folder", empty, *output)
     refused(lost, "captions.json", "--image-folder")
     outcome = cli(
