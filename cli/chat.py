@@ -163,7 +163,7 @@ class Conversation:
             path.write_text(to_markdown(self.session.system, found), encoding="utf-8")
         except OSError as error:
             raise DataError(f"{path} cannot be written: {error.strerror}.") from error
-        _say(f"{len(found)} turns saved to {path}\n")
+        _say(f"{show.plural(len(found), 'turn')} saved to {path}\n")
 
     def load(self, name: str) -> None:
         path = _named(name, "/load")
@@ -176,7 +176,7 @@ class Conversation:
         self.session.system = system
         self.session.restore([(e.question, images, e.answer) for e, images in zip(found, pictures, strict=True)])
         self.asked, self.waiting, self.last = [exchange.images for exchange in found], [], None
-        _say(f"{len(found)} turns taken up from {path}\n")
+        _say(f"{show.plural(len(found), 'turn')} taken up from {path}\n")
 
     def stats(self, _: str) -> None:
         _say(f"{show.answer_stats(self.last)}\n" if self.last else "There is no answer yet.\n")

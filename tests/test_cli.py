@@ -438,6 +438,15 @@ def test_chat_takes_pictures_and_commands(cli: Cli, world: World) -> None:
     assert "/what is neither a command" in outcome.err and "none.png" in outcome.err and "Traceback" not in outcome.err
 
 
+def test_text_that_is_no_text_is_told(cli: Cli, world: World) -> None:
+    """Bytes that are not UTF-8 reach Python as half characters."""
+    half = "caf\udce9"
+    refused(cli("generate", "--model", world.model, "--prompt", half), "UTF-8", "udce9")
+    refused(cli("classify", "--model", world.model, "--image", _picture(world), "--text", half), "UTF-8")
+    outcome = cli("chat", "--model", world.model, "--max-tokens", 2, stdin=f"{half}\nWhat?\n")
+    assert outcome.status == 0 and "UTF-8" in outcome.err and outcome.out.strip()  # the conversation goes on
+
+
 def test_chat_takes_a_dropped_path(cli: Cli, world: World, tmp_path: Path) -> None:
     picture = tmp_path / "my picture.png"
     shutil.copy(_picture(world), picture)

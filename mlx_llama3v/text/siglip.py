@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.errors import CheckpointError, DataError
 
 
 class SiglipTokenizer:
@@ -38,7 +38,9 @@ class SiglipTokenizer:
         self._lower = self._tokenizer.init_kwargs.get("do_lower_case") is not False
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Ids of `texts`, int32 [T, length]."""
+        """Ids of `texts`, int32 [T, length]. Raises DataError for one that is not valid UTF-8."""
+        if broken := [text for text in texts if any("\ud800" <= c <= "\udfff" for c in text)]:
+            raise DataError(f"the text {broken[0]!a:.60} is not valid UTF-8; write it anew.")
         rows = self._tokenizer(
             [text.lower() if self._lower else text for text in texts],
             padding="max_length",

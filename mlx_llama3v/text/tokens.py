@@ -14,7 +14,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from mlx_llama3v.config import MARKERS
-from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.errors import CheckpointError, DataError
 from mlx_llama3v.layout import LAYOUTS, PromptLayout
 
 BOS, END_OF_TEXT, EOT = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
@@ -115,8 +115,14 @@ class Tokens:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: no <|begin_of_text|>, and what looks like a control token stays plain text."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        """Ids of plain text: no <|begin_of_text|>, and what looks like a control token stays plain text.
+
+        Raises DataError for half a character, as a terminal's or a file's bytes that are no UTF-8 leave it.
+        """
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        except TypeError as error:
+            raise DataError(f"the text {text!a:.60} is not valid UTF-8; write it anew.") from error
 
     def pieces(self, text: str) -> list[int | str]:
         """`text` of a prompt layout, cut at the special tokens it spells: their ids, and plain text between."""
