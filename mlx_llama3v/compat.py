@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import mlx.nn as nn
+
 
 @contextmanager
 def _file_limit_only_raised() -> Iterator[None]:
@@ -43,6 +45,19 @@ with _file_limit_only_raised():
     from mlx_lm.tuner.lora import LoRALinear
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import quantize_model
+
+
+def _dora_from_base(linear: nn.Module, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> DoRALinear:
+    """DoRALinear.from_base; mlx-lm's counts the inputs of a layer of 3, 5 or 6 bits wrongly (as 32 // bits a word)."""
+    outputs, inputs = linear.weight.shape
+    if isinstance(linear, nn.QuantizedLinear):
+        inputs = inputs * 32 // linear.bits
+    made = DoRALinear(input_dims=inputs, output_dims=outputs, r=r, dropout=dropout, scale=scale)
+    made.set_linear(linear)
+    return made
+
+
+DoRALinear.from_base = staticmethod(_dora_from_base)  # type: ignore[method-assign]  # linear_to_lora_layers calls it
 
 __all__ = [
     "BatchKVCache",

@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
@@ -98,3 +99,13 @@ def test_what_cannot_be_trained_is_refused() -> None:
     prepare(adapted, settings("sft"))
     with pytest.raises(RunError, match="LoRA layers already"):
         prepare(adapted, settings("sft"))
+
+
+@pytest.mark.parametrize("setting", [{"bits": bits} for bits in (2, 3, 4, 5, 6, 8)] + [{"bits": 4, "mode": "mxfp4"}])
+@pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
+def test_fresh_adapters_of_any_width_change_nothing(kind: Any, setting: dict[str, Any]) -> None:
+    base = nn.Linear(128, 24, bias=False).to_quantized(group_size=32, **setting)
+    x = mx.random.normal((2, 128))
+    adapted = kind.from_base(base, r=4)
+    assert np.allclose(adapted(x), base(x), atol=1e-4)
+    assert adapted.lora_a.shape == (128, 4) and adapted.fuse().bits == setting["bits"]
