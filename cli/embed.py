@@ -64,8 +64,8 @@ def embed(
         typer.Option(
             "--shard-size",
             min=1,
-            help="Megabytes a shard. A kill loses the shard that is being filled and the pictures under way (about 12 "
-            "batches); Ctrl-C loses only these.",
+            help="Megabytes a shard at most. A kill loses no more than that, pictures under way included; Ctrl-C loses "
+            "only these.",
         ),
     ] = 512,
     max_slices: MaxSlices = None,

@@ -36,10 +36,8 @@ from mlx_llama3v.embeddings.store import Manifest, Store, plain
 from mlx_llama3v.embeddings.writer import Post, StoreWriter
 from mlx_llama3v.encoder import load_encoder, load_post
 from mlx_llama3v.errors import ImageError, StoreError, UserError
-from mlx_llama3v.projected import shrinks_by
 from mlx_llama3v.vision.encode import Encoder
 from mlx_llama3v.vision.image import image_size
-from mlx_llama3v.vision.pool import pooled_layout
 from mlx_llama3v.vision.tiling import plan
 
 SPEC, READS, LOG, CHANNELS = "spec.json", "reads.jsonl", "encoder.log", "channels.safetensors"
@@ -93,13 +91,9 @@ class Ahead:
                 "--image-folder says where names in the data file start."
             )
         describe = plain(post.describe()) if post is not None else {}
-        shrinks = [int(describe.get("pool", 1))]
-        width = encoder.vision.hidden_size
-        if "projector" in describe:
-            shrinks.append(shrinks_by(model.projector_config))
-            width = model.hidden_size
-        for n in shrinks:
-            layouts = {name: pooled_layout(layout, n) for name, layout in layouts.items()}
+        width = model.hidden_size if "projector" in describe else encoder.vision.hidden_size
+        if post is not None:
+            layouts = {name: post.layout(layout) for name, layout in layouts.items()}
         directory.mkdir(parents=True, exist_ok=True)
         if not (resume and (directory / CHANNELS).exists()):
             _fit(directory / CHANNELS, config.codec, encoder, post, [images[name] for name in layouts])

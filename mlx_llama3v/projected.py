@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_llama3v.config import Encoded, ProjectorConfig
+from mlx_llama3v.config import Encoded, ProjectorConfig, SliceLayout
 from mlx_llama3v.errors import StoreError
 from mlx_llama3v.projector import Projector, pack
 from mlx_llama3v.tensors import digest, parameters
@@ -34,14 +34,19 @@ class Projected:
         pool = {"pool": self._pool} if self._pool > 1 else {}
         return {**pool, "projector": projector_digest(self._projector)}
 
+    def layout(self, layout: SliceLayout) -> SliceLayout:
+        """See Post: a patch for every visual token."""
+        return pooled_layout(pooled_layout(layout, self._pool), shrinks_by(self._config))
+
     def __call__(self, encoded: Encoded) -> Encoded:
         """[layout.patches, D_v] -> [tokens, D_llm], in a layout whose patches are the visual tokens."""
+        layout = self.layout(encoded.layout)
         encoded = pool_picture(encoded, self._pool)
         packed = pack([[encoded]], self._config)
         assert packed is not None  # a picture has at least one slice
         tokens = self._projector(mx.array(packed.patches), mx.array(packed.grid), packed.num_tokens)
         rows = np.array(tokens.astype(mx.float32)).reshape(-1, tokens.shape[-1])[packed.tables[0]]
-        return Encoded(pooled_layout(encoded.layout, shrinks_by(self._config)), rows)
+        return Encoded(layout, rows)
 
 
 def shrinks_by(config: ProjectorConfig) -> int:

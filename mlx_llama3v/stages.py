@@ -143,7 +143,7 @@ def embed_data(
         allow_outside: read pictures that lie outside `image_folder`, too (data.llava.search_folders).
         check_disk: refuse to start what the disk cannot hold.
         pool: store the mean over pool x pool patches; default: the model's own (`patch_pool`).
-        shard_bytes: of a shard; a kill loses the one that is being filled, and what is under way (embeddings.embed).
+        shard_bytes: of a shard at most, what is under way included: a kill costs that much (embeddings.embed).
         after_projector: a run (or its projector.safetensors): store that projector's output, for stage sft.
     """
     if (output / "config.json").exists():

@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 
 from mlx_llama3v.config import Encoded, Grid, SliceLayout
+from mlx_llama3v.embeddings.codec import get_codec
 from mlx_llama3v.embeddings.embed import EmbedProgress, EmbedSummary, embed_images
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.errors import ImageError, StoreError
 from mlx_llama3v.source import Loaded
+from mlx_llama3v.vision.pool import Pool
 
 WIDTH, CHANNELS = 4, 3
+SHARD_BYTES = 4000  # 83 pictures of one slice
 LAYOUTS = (SliceLayout((2, 3)), SliceLayout((3, 2), 1, 2, (2, 2)), SliceLayout((2, 2), 2, 2, (1, 3)))
 
 
@@ -74,7 +77,7 @@ def write(folder: Path, texts: dict[str, str]) -> list[tuple[str, Path]]:
 
 
 def run(store: Path, images: Sequence[tuple[str, str | Path]], encoder: FakeEncoder, **keys: Any) -> EmbedSummary:
-    with StoreWriter(store, encoder.fingerprint(), shard_bytes=300) as writer:
+    with StoreWriter(store, encoder.fingerprint(), shard_bytes=keys.pop("shard_bytes", SHARD_BYTES)) as writer:
         return embed_images(images, encoder, writer, **{"batch_size": 2, **keys})
 
 
@@ -112,7 +115,7 @@ def test_every_picture_is_stored_in_order(tmp_path: Path, folder: Path, workers:
 def test_slices_of_several_pictures_are_encoded_together(tmp_path: Path, folder: Path) -> None:
     encoder = FakeEncoder()
     run(tmp_path / "s", write(folder, {f"{n}.png": str(3 * n) for n in range(20)}), encoder, batch_size=2)
-    assert encoder.calls == [8, 8, 4]  # windows of four batches, one slice a picture
+    assert encoder.calls == [1, 8, 8, 3]  # one picture to know its size, then windows of four batches
 
 
 def test_stored_names_cost_nothing(tmp_path: Path, folder: Path) -> None:
@@ -170,19 +173,19 @@ def test_unreadable_pictures_are_listed_and_tried_again(tmp_path: Path, folder: 
 
 def test_threads_prepare_while_the_encoder_works(tmp_path: Path, folder: Path) -> None:
     class Waiting(FakeEncoder):
-        """Its first encode ends only when a picture of the next window has been prepared."""
+        """Its second encode, of the first whole window, ends only when a picture of the next has been prepared."""
 
         def encode(self, slices: Sequence[tuple[Grid, np.ndarray]], batch_size: int = 8) -> list[np.ndarray]:
             before = sum(self.calls) + len(slices)
             for _ in range(500):
-                if self.calls or len(self.prepared) > before:
+                if len(self.calls) != 1 or len(self.prepared) > before:
                     return super().encode(slices, batch_size)
                 threading.Event().wait(0.01)
             raise AssertionError("nothing was prepared meanwhile")
 
     encoder = Waiting()
     run(tmp_path / "s", write(folder, {f"{n}": str(3 * n) for n in range(24)}), encoder, workers=1)
-    assert len(encoder.calls) == 3
+    assert encoder.calls == [1, 8, 8, 7]
 
 
 def test_writing_goes_on_while_the_encoder_works(tmp_path: Path, folder: Path) -> None:
@@ -207,6 +210,63 @@ def test_writing_goes_on_while_the_encoder_works(tmp_path: Path, folder: Path) -
     check(tmp_path / "s", numbers)
 
 
+@pytest.mark.parametrize("shard_bytes", [1, 300, 1000, 4000])
+@pytest.mark.parametrize("post", [None, Pool(2)])
+def test_a_kill_costs_a_shard_at_most(tmp_path: Path, folder: Path, shard_bytes: int, post: Pool | None) -> None:
+    """Whenever the encoder begins: what it was given so far and is on no disk fits into a shard, or is one picture."""
+    given, unsafe = 0, []
+
+    class Asking(FakeEncoder):
+        def encode(self, slices: Sequence[tuple[Grid, np.ndarray]], batch_size: int = 8) -> list[np.ndarray]:
+            nonlocal given
+            given += sum(stored(SliceLayout(grid)) for grid, _ in slices)
+            unsafe.append(given - sum(shard.index.starts[-1] * row for shard in Store(tmp_path / "s").shards))
+            return super().encode(slices, batch_size)
+
+    class Slow(StoreWriter):
+        def put(self, name: str, sha: str, encoded: Encoded) -> int:
+            threading.Event().wait(0.001)
+            return super().put(name, sha, encoded)
+
+    def stored(layout: SliceLayout) -> int:
+        return row * (layout if post is None else post.layout(layout)).patches
+
+    row = get_codec("float16").row_bytes(WIDTH)
+    images = write(folder, {f"{n}": str(n) for n in range(150)})
+    with Slow(tmp_path / "s", {"weights": "fake"}, shard_bytes=shard_bytes, post=post) as writer:
+        assert embed_images(images, Asking(), writer, batch_size=2).new == 150
+    largest = max(map(stored, LAYOUTS))
+    assert max(unsafe) <= max(shard_bytes, largest)
+    sizes = [shard.index.starts[-1] * row for shard in Store(tmp_path / "s").shards]
+    # Room is kept for two windows, of an eighth or one picture.
+    assert min(sizes[:-1]) > 3 / 4 * shard_bytes - 2 * largest and max(sizes) <= max(shard_bytes, largest)
+
+
+def test_the_encoder_does_not_wait_for_a_shard_to_be_written(tmp_path: Path, folder: Path) -> None:
+    """A shard is written only when the encoder has begun with what comes after it."""
+    encoder, put, shards = FakeEncoder(), 0, 0
+
+    class Waiting(StoreWriter):
+        def put(self, name: str, sha: str, encoded: Encoded) -> int:
+            nonlocal put
+            put += 1
+            return super().put(name, sha, encoded)
+
+        def flush(self) -> None:
+            nonlocal shards
+            shards += self.pending_bytes > 0
+            for _ in range(500):
+                if put == 300 or sum(encoder.calls) > put or not put:
+                    return super().flush()
+                threading.Event().wait(0.01)
+            raise AssertionError("nothing was encoded meanwhile")
+
+    images = write(folder, {f"{n}": str(3 * n) for n in range(300)})
+    with Waiting(tmp_path / "s", {"weights": "fake"}, shard_bytes=SHARD_BYTES) as writer:
+        embed_images(images, encoder, writer, batch_size=2)
+    assert len(Store(tmp_path / "s").shards) == shards > 3
+
+
 def test_a_copy_of_what_is_being_written_is_found(tmp_path: Path, folder: Path) -> None:
     texts = {f"{n}": str(3 * n) for n in range(8)} | {f"copy{n}": str(3 * n) for n in range(8)} | {"last": "30"}
     encoder = FakeEncoder()
@@ -227,7 +287,7 @@ def test_an_error_of_the_writer_ends_the_run(tmp_path: Path, folder: Path) -> No
 
     encoder = Removing()
     with pytest.raises(StoreError, match="cannot be written"):
-        run(store, write(folder, {f"{n}": str(3 * n) for n in range(60)}), encoder)
+        run(store, write(folder, {f"{n}": str(3 * n) for n in range(60)}), encoder, shard_bytes=1)
     assert 1 <= len(encoder.calls) <= 2
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("write", "prepare"))]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import struct
 import subprocess
 import sys
 import time
@@ -17,16 +16,18 @@ import numpy as np
 import pytest
 
 from mlx_llama3v.demo.dataset import DataSet, draw
+from mlx_llama3v.embeddings.codec import get_codec
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.embeddings.tools import verify
 from mlx_llama3v.errors import StoreError
 from mlx_llama3v.stages import embed_data
+from mlx_llama3v.vision.encode import Encoder
 from mlx_llama3v.weights import TINY
 from mlx_llama3v.weights.convert import convert
 from tests.forked import start
 
 KILLS = 30
-SHARD_BYTES = 200_000
+SHARD_BYTES = 300_000
 BATCH = 8
 
 
@@ -41,28 +42,30 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fill(model: Path, data: DataSet, output: Path, told: Path) -> None:
-    """What is killed. `told`: how many slices this run has encoded."""
-    settings: dict[str, Any] = {"codec": "int8", "shard_bytes": SHARD_BYTES, "batch_size": BATCH}
+    """What is killed. `told`: how many slices and patches this run has given to the encoder."""
+    given, encode = np.zeros(2, np.int64), Encoder.encode
+
     with open(told, "wb", buffering=0) as file:
-        embed_data(
-            model,
-            data.captions,
-            output,
-            image_folder=data.images,
-            progress=lambda p: os.pwrite(file.fileno(), struct.pack("q", p.slices), 0),
-            **settings,
-        )
+
+        def telling(self: Encoder, slices: Any, batch_size: int = 8) -> list[np.ndarray]:
+            given[:] += len(slices), sum(len(patches) for _, patches in slices)
+            os.pwrite(file.fileno(), given.tobytes(), 0)
+            return encode(self, slices, batch_size)
+
+        Encoder.encode = telling  # type: ignore[method-assign]
+        settings: dict[str, Any] = {"codec": "int8", "shard_bytes": SHARD_BYTES, "batch_size": BATCH}
+        embed_data(model, data.captions, output, image_folder=data.images, **settings)
 
 
-def most_lost(whole: dict[str, Any]) -> float:
-    """Slices: those of a shard, those of the window that is being written, and of each what fills it up."""
-    shard = SHARD_BYTES / (whole["bytes"] / whole["slices"])
-    picture = 1 + 6
-    return shard + picture + 4 * BATCH + picture
+def made(told: Path) -> np.ndarray:
+    """Slices and patches that a run has given to the encoder."""
+    return np.frombuffer((told.read_bytes() if told.exists() else b"") or bytes(16), np.int64)
 
 
-def slices(store: Path) -> int:
-    return Store(store).info()["slices"] if (store / "manifest.json").exists() else 0
+def kept(store: Path) -> np.ndarray:
+    """Slices and patches of a store."""
+    info = Store(store).info()
+    return np.array([info["slices"], info["tokens"]])
 
 
 @pytest.mark.slow
@@ -71,27 +74,27 @@ def test_killed_thirty_times(model: Path, data: DataSet, tmp_path: Path) -> None
         whole = embed_data(
             model, data.captions, tmp_path / output, image_folder=data.images, codec="int8", shard_bytes=SHARD_BYTES
         )
-    chance, seconds, longest, stores = random.Random(0), whole.summary.seconds, 0, 0
+    everything, row_bytes = kept(tmp_path / "whole"), get_codec("int8").row_bytes(whole.info["width"])
+    chance, seconds, before, stores = random.Random(0), whole.summary.seconds, np.zeros(2, np.int64), 0
     store, told = tmp_path / "store-0", tmp_path / "told"
-    lost = []
+    lost = []  # slices, bytes
     for _ in range(KILLS):
         told.unlink(missing_ok=True)
         process = start(fill, model, data, store, told)
-        # A kill costs at most the shard in the making, so runs get somewhere however early they are killed.
         time.sleep(chance.uniform(0, 0.5 * seconds))
         process.kill()
         process.join(60)
         if (store / "manifest.json").exists():
             assert not verify(store)
-            have = slices(store)
-            encoded = struct.unpack("q", told.read_bytes() or bytes(8))[0] if told.exists() else 0
-            lost.append(longest + encoded - have)
-            assert have >= longest and lost[-1] <= most_lost(whole.info)
-            longest = have
-        if longest == whole.info["slices"]:  # nothing more to be killed at
-            stores, longest = stores + 1, 0
+            have = kept(store)
+            assert (have >= before).all()
+            lost.append((before + made(told) - have) * (1, row_bytes))
+            assert lost[-1][1] <= SHARD_BYTES
+            before = have
+        if (before == everything).all():  # nothing more to be killed at
+            stores, before = stores + 1, np.zeros(2, np.int64)
             store = tmp_path / f"store-{stores}"
-    assert max(lost) > 0  # some were killed at work
+    assert np.max(lost) > 0  # some were killed at work
     last = start(fill, model, data, store, told)
     last.join(120)
     assert last.exitcode == 0

@@ -2,13 +2,14 @@
 thread compresses and writes what was encoded before. All three work at once, each at most one window ahead.
 
 Pictures are stored in the order given and nothing depends on timing; a run that was killed goes on where the
-last complete shard ends. It lost the shard that was being filled and what was under way: a window that was written,
-one that was encoded and one that was prepared, each of four batches of slices. Ctrl-C loses only what is under way.
+last complete shard ends. All that it had encoded beyond that, or was encoding, takes no more than a shard
+(`_Behind`). Ctrl-C loses only what is under way.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections import deque
@@ -26,6 +27,7 @@ from mlx_llama3v.errors import ImageError
 from mlx_llama3v.source import Loaded, Source, load_source
 
 _WINDOW = 4  # batches that are collected before encoding: slices of like shape find each other there
+_WINDOWS = 8  # a shard holds at least: it is closed when two more could exceed it (`_Behind`)
 
 
 class Encoder(Protocol):
@@ -89,6 +91,7 @@ class _Window:
     pictures: dict[str, tuple[list[str], SliceLayout, Sequence[np.ndarray]]] = field(default_factory=dict)
     known: list[tuple[str, str]] = field(default_factory=list)  # name, content hash of a stored picture
     failed: list[tuple[str, str]] = field(default_factory=list)  # name, reason
+    bytes: float = 0  # that the pictures will take
 
     @property
     def slices(self) -> int:
@@ -157,10 +160,11 @@ def embed_images(
     window = _Window()
     with _Behind(writer, run) as behind:
         for name, prepared in _prepare_ahead(todo, encoder, writer, workers, most, run):
+            if window.pictures and window.bytes + behind.bytes(prepared.layout) > writer.most_lost / _WINDOWS:
+                window = _encode(window, encoder, batch_size, behind, run)
             _take(name, prepared, window, behind, run)
             if window.slices >= most:
-                _encode(window, encoder, batch_size, behind, run)
-                window = _Window()
+                window = _encode(window, encoder, batch_size, behind, run)
             if progress is not None:
                 progress(run.progress())
         _encode(window, encoder, batch_size, behind, run)
@@ -175,19 +179,40 @@ class _Behind:
     """Compresses and writes one window while the next one is encoded: a thread, and never more than one window in it.
 
     It alone changes the writer meanwhile. What goes wrong there is raised by the next call here.
+
+    It also keeps what a kill costs, which is all that was encoded and is on no disk, at `writer.most_lost` bytes or one
+    picture. The thread closes a shard while there is still room for the two windows that can be encoded before it is
+    asked again, so that nobody has to wait.
     """
 
     def __init__(self, writer: StoreWriter, run: _Run) -> None:
         self.writer, self._run = writer, run
         self.hashes: frozenset[str] = frozenset()  # of the pictures that are being written
+        self._unsafe = self._largest = self._width = 0  # bytes encoded and on no disk, of a window; of an embedding
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._running: Future[int] | None = None
+
+    def bytes(self, layout: SliceLayout | None) -> float:
+        """What a picture will take. Infinity before the first one, which is therefore encoded alone."""
+        if layout is None or not self._width:
+            return 0 if layout is None else math.inf
+        stored = layout if self.writer.post is None else self.writer.post.layout(layout)
+        return self.writer.codec.row_bytes(self._width) * stored.patches
+
+    def room(self, window: _Window) -> None:
+        """Wait until `window` may be encoded: with it, what a kill costs is within the limit. Raises StoreError."""
+        if self._unsafe + window.bytes > self.writer.most_lost:
+            self.wait()
+            _close(self.writer, window.bytes)
 
     def start(self, window: _Window, made: Mapping[str, Encoded]) -> None:
         """Write `window` and its pictures' embeddings, once the window before it is written. Raises StoreError."""
         self.wait()
         self.hashes = frozenset(made)
-        self._running = self._pool.submit(_write, self.writer, window, made)
+        self._width = next((encoded.patches.shape[-1] for encoded in made.values()), self._width)
+        size = self.writer.codec.row_bytes(self._width) * sum(len(encoded.patches) for encoded in made.values())
+        self._unsafe, self._largest = self.writer.pending_bytes + size, max(self._largest, size)
+        self._running = self._pool.submit(_write, self.writer, window, made, 2 * self._largest)
 
     def wait(self) -> None:
         """Until all that was started is the writer's. Raises StoreError."""
@@ -203,8 +228,14 @@ class _Behind:
         self._pool.shutdown()
 
 
-def _write(writer: StoreWriter, window: _Window, made: Mapping[str, Encoded]) -> int:
-    """Runs in the writing thread; bytes of embeddings."""
+def _close(writer: StoreWriter, size: float) -> None:
+    """Write a shard, unless `size` bytes more are within what a kill may cost. Raises StoreError."""
+    if writer.pending_bytes + size > writer.most_lost:
+        writer.flush()
+
+
+def _write(writer: StoreWriter, window: _Window, made: Mapping[str, Encoded], room: int) -> int:
+    """Runs in the writing thread; bytes of embeddings. Leaves room for `room` bytes."""
     for name, reason in window.failed:
         writer.fail(name, reason)
     for name, sha in window.known:
@@ -215,6 +246,7 @@ def _write(writer: StoreWriter, window: _Window, made: Mapping[str, Encoded]) ->
         size += writer.put(first, sha, encoded)
         for name in others:
             writer.alias(name, sha)
+    _close(writer, room)
     return size
 
 
@@ -276,10 +308,12 @@ def _take(name: str, prepared: _Prepared, window: _Window, behind: _Behind, run:
         window.pictures[prepared.sha][0].append(name)
     elif prepared.layout is not None:
         window.pictures[prepared.sha] = ([name], prepared.layout, prepared.patches)
+        window.bytes += behind.bytes(prepared.layout)
 
 
-def _encode(window: _Window, encoder: Encoder, batch_size: int, behind: _Behind, run: _Run) -> None:
-    """Encode a window, and hand it over to be written."""
+def _encode(window: _Window, encoder: Encoder, batch_size: int, behind: _Behind, run: _Run) -> _Window:
+    """Encode a window, and hand it over to be written; the next window."""
+    behind.room(window)
     waiting = window.pictures.items()
     slices = [item for _, (_, layout, patches) in waiting for item in zip(layout.grids, patches, strict=True)]
     run.rows -= encoder.rows
@@ -294,3 +328,4 @@ def _encode(window: _Window, encoder: Encoder, batch_size: int, behind: _Behind,
         run.slices += len(layout.grids)
         run.patches += layout.patches
     behind.start(window, made)
+    return _Window()

@@ -18,6 +18,7 @@ one shard over the budget, never are both stuck.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -76,7 +77,8 @@ class RollingWriter:
             StoreError: not writable, or another process is writing to it.
         """
         self.path, self.budget = path, budget
-        self.shard_bytes = max(1, min(_SHARD_BYTES, budget // 8))
+        self.most_lost = math.inf  # nothing outlives its run
+        self._shard_bytes = max(1, min(_SHARD_BYTES, budget // 8))
         self.codec, self.post, self._check = get_codec(codec), post, check
         self.manifest = Manifest(plain(fingerprint), codec, plain(post.describe()) if post else {})
         self._lock = Lock(path)
@@ -85,7 +87,7 @@ class RollingWriter:
         write_failures(path, {})
         self.manifest.write(path)
         self._channels = channels or {}
-        self._number = self._bytes = 0
+        self._number = self.pending_bytes = 0
         self._turn = self._complete = self._told = -1  # of the last picture; without a gap; in ahead.json
         self._looked = 0.0
         self._pictures: list[Picture] = []
@@ -114,14 +116,14 @@ class RollingWriter:
         turn = turn_of(name)
         if turn > self._turn:  # pictures come in order, so the turns before are complete
             self._turn, self._complete = turn, turn - 1
-            if self._bytes >= self.shard_bytes or self._hungry():
+            if self.pending_bytes >= self._shard_bytes or self._hungry():
                 self._write()
         size = 0
         if sha not in self._hashes:
             self._pictures.append((sha, encoded.layout, self.codec.encode(encoded.patches, self._channels)))
             self._hashes.add(sha)
             size = self.codec.row_bytes(encoded.patches.shape[-1]) * encoded.layout.patches
-            self._bytes += size
+            self.pending_bytes += size
         self.alias(name, sha)
         return size
 
@@ -151,7 +153,7 @@ class RollingWriter:
 
     def _write(self) -> None:
         """The pending shard, as soon as there is room."""
-        while self._held() + self._bytes > self.budget and not self._hungry(pause=0):
+        while self._held() + self.pending_bytes > self.budget and not self._hungry(pause=0):
             self._check()
             time.sleep(_PAUSE)
         if self._names:
@@ -166,7 +168,7 @@ class RollingWriter:
             self._number += 1
         write_atomic(self.path / AHEAD, [json.dumps({"turn": self._complete}).encode()])
         self._told = self._complete
-        self._pictures, self._names, self._bytes = [], {}, 0
+        self._pictures, self._names, self.pending_bytes = [], {}, 0
         self._hashes.clear()
 
     def _hungry(self, pause: float = 0.2) -> bool:

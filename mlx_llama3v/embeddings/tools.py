@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_llama3v.config import Encoded
+from mlx_llama3v.config import Encoded, SliceLayout
 from mlx_llama3v.embeddings.lock import Lock
 from mlx_llama3v.embeddings.shard import Picture, Shard, verify_shard, write_shard
 from mlx_llama3v.embeddings.store import Manifest, Store, open_shard, read_failures, shard_files, write_failures
@@ -154,6 +154,10 @@ class _Described:
     def describe(self) -> dict[str, Any]:
         """See Post."""
         return self._description
+
+    def layout(self, layout: SliceLayout) -> SliceLayout:
+        """Never called, as below."""
+        raise NotImplementedError
 
     def __call__(self, encoded: Encoded) -> Encoded:
         """Never called: codes are copied as they are."""

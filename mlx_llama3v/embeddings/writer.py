@@ -1,6 +1,6 @@
 """Fills a store: pictures wait in memory until a shard is full.
 
-So a kill loses at most one shard of what was put here, and beside it what had not come here yet (see embed.py).
+So a kill loses at most one shard of what was put here; embed.py sees to it that what is on its way here counts, too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mlx_llama3v.config import Encoded
+from mlx_llama3v.config import Encoded, SliceLayout
 from mlx_llama3v.embeddings.codec import fidelity, get_codec
 from mlx_llama3v.embeddings.lock import Lock
 from mlx_llama3v.embeddings.shard import Parts, Picture, Shard, write_atomic, write_shard
@@ -42,6 +42,9 @@ class Post(Protocol):
     def describe(self) -> dict[str, Any]:
         """What the manifest must say."""
 
+    def layout(self, layout: SliceLayout) -> SliceLayout:
+        """Slice shapes of what `__call__` makes."""
+
     def __call__(self, encoded: Encoded) -> Encoded:
         """Another layout and other values."""
 
@@ -53,6 +56,8 @@ class StoreWriter:
     thread at a time. A damaged shard is set aside (renamed to *.damaged), so that its pictures are made anew.
 
     Attributes:
+        most_lost: bytes that a kill may cost `embed`: a shard.
+        pending_bytes: of the shard that is being filled.
         set_aside: files of damaged shards and why, as sentences.
     """
 
@@ -75,7 +80,7 @@ class StoreWriter:
             StoreError: made with other settings, not writable, or another process is writing to it.
         """
         self.path = Path(path)
-        self.shard_bytes = shard_bytes
+        self.most_lost = shard_bytes
         self.codec = get_codec(codec)
         self.post = post
         self.manifest = Manifest(plain(fingerprint), codec, plain(post.describe()) if post else {})
@@ -107,7 +112,7 @@ class StoreWriter:
         self._unfitted: list[tuple[str, Encoded]] = []
         self._pictures: list[Picture] = []
         self._new_names: dict[str, str] = {}
-        self._pending_bytes = self._sample_bytes = 0
+        self.pending_bytes = self._sample_bytes = 0
         self._failures_changed = False
 
     def require(self, fingerprint: Mapping[str, Any]) -> None:
@@ -158,7 +163,7 @@ class StoreWriter:
             self._width = width
             self._hashes.add(sha)
             size = self.codec.row_bytes(width) * encoded.layout.patches
-            self._pending_bytes += size
+            self.pending_bytes += size
             if self._channels is None:
                 self._unfitted.append((sha, encoded))
                 self._sample_bytes += 4 * encoded.patches.size
@@ -176,7 +181,7 @@ class StoreWriter:
         self._names[name] = self._new_names[name] = sha
         if self._failures.pop(name, None) is not None:
             self._failures_changed = True
-        if self._pending_bytes >= self.shard_bytes or len(self._new_names) >= _MAX_NAMES:
+        if self.pending_bytes >= self.most_lost or len(self._new_names) >= _MAX_NAMES:
             self.flush()
 
     def fail(self, name: str, reason: str) -> None:
@@ -190,7 +195,7 @@ class StoreWriter:
         self._fit()
         if self._new_names:
             self._write(self._pictures, self._new_names, self._channels or {})
-            self._pictures, self._new_names, self._pending_bytes = [], {}, 0
+            self._pictures, self._new_names, self.pending_bytes = [], {}, 0
         if self._failures_changed:
             write_failures(self.path, self._failures)
             self._failures_changed = False

@@ -61,6 +61,10 @@ class Pool:
         """See Post."""
         return {"pool": self.n}
 
+    def layout(self, layout: SliceLayout) -> SliceLayout:
+        """See Post."""
+        return pooled_layout(layout, self.n)
+
     def __call__(self, encoded: Encoded) -> Encoded:
         """See Post."""
         return pool_picture(encoded, self.n)
