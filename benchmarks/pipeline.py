@@ -33,7 +33,7 @@ from mlx_llama3v.config import Grid, ImageConfig, TilingConfig, VisionConfig
 from mlx_llama3v.embeddings.embed import EmbedSummary, embed_images
 from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.platform import default_dtype, machine, peak_memory
-from mlx_llama3v.vision.encode import Encoder
+from mlx_llama3v.vision.encode import Encoder, Form
 from mlx_llama3v.vision.siglip import VisionTower
 from mlx_llama3v.vision.tiling import plan
 
@@ -55,12 +55,14 @@ class Device(Encoder):
 
     seconds, width = 0.0, 8
 
-    def encode(self, slices: Sequence[tuple[Grid, np.ndarray]], batch_size: int = 8) -> list[np.ndarray]:
-        """Ones of the right shapes."""
+    def encode_as(
+        self, form: Form, slices: Sequence[tuple[Grid, np.ndarray]], batch_size: int = 8
+    ) -> list[dict[str, np.ndarray]]:
+        """Ones of the right shapes; whatever `form` is, they never were on a device."""
         if self.seconds:
             time.sleep(self.seconds * len(slices))
         self.rows += sum(len(patches) for _, patches in slices)
-        return [_ones(len(patches), self.width) for _, patches in slices]
+        return [{"values": _ones(len(patches), self.width)} for _, patches in slices]
 
     def fingerprint(self) -> dict[str, object]:
         """Of nothing."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -9,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mlx_llama3v.embeddings.codec import CODECS, Codec, fidelity, get_codec, misfit, width
+from mlx_llama3v.embeddings.codec import _GROUP_SCALES, CODECS, Codec, Parts, fidelity, get_codec, misfit, width
 from mlx_llama3v.errors import StoreError
+from mlx_llama3v.platform import device_name
 
 D = 1152  # so400m
 
@@ -82,6 +85,51 @@ def test_the_device_decodes_as_numpy_does(name: str) -> None:
     np.testing.assert_allclose(both[1], ours, rtol=1e-6, atol=1e-6)
 
 
+def agree(codec: Codec, values: np.ndarray, channels: Parts) -> None:
+    """The device's codes of [S, N, D] are NumPy's: on a CPU the same bytes, on a GPU at most one step beside them."""
+    own = {key: mx.array(part) for key, part in channels.items()}
+    made = {key: np.array(part) for key, part in codec.encode(mx.array(values), own, mx).items()}
+    for one, theirs in enumerate(values):
+        parts = codec.encode(theirs, channels)
+        ours = {key: part[one] for key, part in made.items()}
+        assert misfit(codec, ours, channels) == ""
+        if device_name() == "cpu":
+            assert all(np.array_equal(ours[key], parts[key], equal_nan=True) for key in parts)
+        else:
+            step: Any = (
+                0.0 if codec.name == "float16" else parts["scales"].astype(np.float32) * channels["channel.scale"]
+            )
+            if codec.name == "int4":
+                groups = np.abs(_GROUP_SCALES[np.minimum(parts["groups"] & 127, 126) + 1])
+                step = step * np.repeat(groups, 16, -1)[:, : values.shape[-1]]
+            apart = codec.decode({**ours, **channels}) - codec.decode({**parts, **channels})
+            assert (np.abs(apart) <= step).all()
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("columns", [20, 128, D])
+def test_the_device_encodes_as_numpy_does(name: str, columns: int) -> None:
+    codec = get_codec(name)
+    values = np.stack([normal(64, D, seed) + with_outliers(seed)[:64] for seed in range(4)])[..., -columns:]
+    values[0, :3] = 0  # a dead token and massive activations
+    values[1, 0, :2] = 1e6, -1e6
+    agree(codec, values, codec.fit(values[0]))
+
+
+def test_int4_takes_the_largest_scale_that_is_not_too_large() -> None:
+    """By the table, also where log2 may fall to either side of a step: no matter whose log2 it is."""
+    codec, table = get_codec("int4"), _GROUP_SCALES[: 127 - 3 * 16 + 1]  # up to 1/8: the largest value is 1
+    near = np.concatenate([np.nextafter(table, np.float32(0)), table, np.nextafter(table, np.float32(1))])
+    values = np.zeros((1, len(near), 32), np.float32)
+    values[0, :, 0], values[0, :, 16] = 1 - 2**-11, np.minimum(8 * near, 1 - 2**-11)  # a scale of 1 for the token
+    one = {"channel.offset": np.zeros((1, 32), np.float32), "channel.scale": np.ones((1, 32), np.float32)}
+    agree(codec, values, one)
+    parts = codec.encode(values[0], one)
+    assert (parts["scales"] == 1).all() and (parts["groups"] >= 128).all()
+    largest = np.searchsorted(table, values[0, :, 16] / 8, side="right") - 1
+    assert np.array_equal(parts["groups"][:, 1] - 128, np.maximum(largest, 0))
+
+
 @pytest.mark.parametrize("name", CODECS)
 @settings(max_examples=60, deadline=None)
 @given(
@@ -96,6 +144,7 @@ def test_anything_finite_comes_back_finite_and_near(name: str, values: np.ndarra
     channels = codec.fit(values) if len(values) else codec.fit(np.ones((1, values.shape[1]), np.float32))
     assert all(np.isfinite(part).all() for part in channels.values())
     parts = codec.encode(values, channels)
+    agree(codec, values[None], channels)
     assert all(len(part) == len(values) for part in parts.values())
     assert misfit(codec, parts, channels) == "" and width(parts, channels) == values.shape[1]
     decoded = codec.decode({**parts, **channels})

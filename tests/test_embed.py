@@ -7,17 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
+from PIL import Image
 
-from mlx_llama3v.config import Encoded, Grid, SliceLayout
-from mlx_llama3v.embeddings.codec import get_codec
+from mlx_llama3v.config import Encoded, Grid, ImageConfig, SliceLayout, TilingConfig, VisionConfig
+from mlx_llama3v.embeddings.codec import CODECS, get_codec
 from mlx_llama3v.embeddings.embed import EmbedProgress, EmbedSummary, embed_images
-from mlx_llama3v.embeddings.store import Store
+from mlx_llama3v.embeddings.form import Made
+from mlx_llama3v.embeddings.store import Coded, Store
 from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.errors import ImageError, StoreError
+from mlx_llama3v.platform import device_name
 from mlx_llama3v.source import Loaded
+from mlx_llama3v.vision.encode import Encoder, Form
 from mlx_llama3v.vision.pool import Pool
+from mlx_llama3v.vision.siglip import VisionTower
 
 WIDTH, CHANNELS = 4, 3
 SHARD_BYTES = 4000  # 83 pictures of one slice
@@ -56,6 +62,12 @@ class FakeEncoder:
         self.rows += 2 * sum(len(patches) for _, patches in slices)  # a half of it padding
         self.numbers += [float(patches[0, 0]) for _, patches in slices]
         return [self.made(grid, patches) for grid, patches in slices]
+
+    def encode_as(
+        self, form: Form, slices: Sequence[tuple[Grid, np.ndarray]], batch_size: int = 8
+    ) -> list[dict[str, np.ndarray]]:
+        made = [form(mx.array(rows[None])) for rows in self.encode(slices, batch_size)]
+        return [{name: np.array(part[0]) for name, part in one.items()} for one in made]
 
     @staticmethod
     def made(grid: Grid, patches: np.ndarray) -> np.ndarray:
@@ -199,9 +211,9 @@ def test_writing_goes_on_while_the_encoder_works(tmp_path: Path, folder: Path) -
             return super().encode(slices, batch_size)
 
     class Waiting(StoreWriter):
-        def put(self, name: str, sha: str, encoded: Encoded) -> int:
+        def put(self, name: str, sha: str, made: Made) -> int:
             assert second.wait(5)
-            return super().put(name, sha, encoded)
+            return super().put(name, sha, made)
 
     numbers = {f"{n}": 3 * n for n in range(20)}
     images = write(folder, {name: str(number) for name, number in numbers.items()})
@@ -224,9 +236,9 @@ def test_a_kill_costs_a_shard_at_most(tmp_path: Path, folder: Path, shard_bytes:
             return super().encode(slices, batch_size)
 
     class Slow(StoreWriter):
-        def put(self, name: str, sha: str, encoded: Encoded) -> int:
+        def put(self, name: str, sha: str, made: Made) -> int:
             threading.Event().wait(0.001)
-            return super().put(name, sha, encoded)
+            return super().put(name, sha, made)
 
     def stored(layout: SliceLayout) -> int:
         return row * (layout if post is None else post.layout(layout)).patches
@@ -247,10 +259,10 @@ def test_the_encoder_does_not_wait_for_a_shard_to_be_written(tmp_path: Path, fol
     encoder, put, shards = FakeEncoder(), 0, 0
 
     class Waiting(StoreWriter):
-        def put(self, name: str, sha: str, encoded: Encoded) -> int:
+        def put(self, name: str, sha: str, made: Made) -> int:
             nonlocal put
             put += 1
-            return super().put(name, sha, encoded)
+            return super().put(name, sha, made)
 
         def flush(self) -> None:
             nonlocal shards
@@ -358,20 +370,62 @@ def test_another_encoder_than_the_writer_was_opened_for(tmp_path: Path, folder: 
         embed_images(write(folder, {"a": "1"}), FakeEncoder(), writer)
 
 
+def same(one: Path, other: Path, shards: int) -> None:
+    """So many shards, of the same bytes."""
+    files = [{file.name: file.read_bytes() for file in store.glob("shard-*")} for store in (one, other)]
+    assert files[0] == files[1] and len(files[0]) == shards
+
+
+@pytest.mark.skipif(device_name() != "cpu", reason="a GPU may round otherwise: test_codec.py says how much")
+@pytest.mark.parametrize("codec", CODECS)
+def test_codes_of_the_device_are_stored_as_those_of_numpy(tmp_path: Path, folder: Path, codec: str) -> None:
+    """Once there are channels, that is from the second shard on, and at once in a store that goes on."""
+    images = write(folder, {f"{n}": str(n) for n in range(150)})
+    coded = 0
+
+    class Counting(StoreWriter):
+        def put(self, name: str, sha: str, made: Made) -> int:
+            nonlocal coded
+            coded += isinstance(made, Coded)
+            return super().put(name, sha, made)
+
+    for store, on_device in (("numpy", False), ("device", True)):
+        for some in (images[:100], images):
+            with Counting(tmp_path / store, {"weights": "fake"}, codec, 2000, on_device=on_device) as writer:
+                embed_images(some, FakeEncoder(), writer, batch_size=2)
+        assert coded > 49 if on_device else coded == 0
+    same(tmp_path / "numpy", tmp_path / "device", len(Store(tmp_path / "numpy").shards))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_refused_as_codes_too(tmp_path: Path, folder: Path, codec: str, value: float) -> None:
+    class Broken(FakeEncoder):
+        def encode(self, slices: Sequence[tuple[Grid, np.ndarray]], batch_size: int = 8) -> list[np.ndarray]:
+            found = super().encode(slices, batch_size)
+            if len(self.calls) == 2:  # the first gave values
+                found[-1][1, 2] = value
+            return found
+
+    images = write(folder, {f"{n}": str(n) for n in range(40)})
+    for some, encoder in ((images[:30], FakeEncoder()), (images, Broken())):
+        with StoreWriter(tmp_path / "s", {"weights": "fake"}, codec, on_device=True) as writer:
+            if isinstance(encoder, Broken):
+                with pytest.raises(StoreError, match=r"'3\d': the encoder gave values that are not finite"):
+                    embed_images(some, encoder, writer)
+            else:
+                embed_images(some, encoder, writer)
+    assert len(Store(tmp_path / "s")) == 31
+
+
 def test_nothing_to_do(tmp_path: Path) -> None:
     told: list[EmbedProgress] = []
     summary = run(tmp_path / "s", [], FakeEncoder(), progress=told.append)
     assert (summary.new, told[-1].total) == (0, 0) and len(Store(tmp_path / "s")) == 0
 
 
-def test_stored_equals_fresh(tmp_path: Path, folder: Path) -> None:
-    """With the real tower, over pictures of other shapes that share batches: within float16's rounding."""
-    from PIL import Image
-
-    from mlx_llama3v.config import ImageConfig, TilingConfig, VisionConfig
-    from mlx_llama3v.vision.encode import Encoder
-    from mlx_llama3v.vision.siglip import VisionTower
-
+def small(folder: Path) -> tuple[Encoder, list[tuple[str, Path]]]:
+    """A real tower, and pictures of other shapes that share batches."""
     vision = VisionConfig(16, 32, 2, 2, image_size=24, patch_size=4)
     encoder = Encoder(VisionTower(vision), vision, ImageConfig(), TilingConfig(max_slices=4), layer=-2)
     images = []
@@ -379,6 +433,12 @@ def test_stored_equals_fresh(tmp_path: Path, folder: Path) -> None:
         pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
         images.append((f"{number}.png", folder / f"{number}.png"))
+    return encoder, images
+
+
+def test_stored_equals_fresh(tmp_path: Path, folder: Path) -> None:
+    """Within float16's rounding."""
+    encoder, images = small(folder)
     with StoreWriter(tmp_path / "s", encoder.fingerprint()) as writer:
         assert embed_images(images, encoder, writer, batch_size=3).new == 5
     store = Store(tmp_path / "s", encoder.fingerprint())
@@ -386,3 +446,13 @@ def test_stored_equals_fresh(tmp_path: Path, folder: Path) -> None:
         fresh, stored = encoder.embed(path), store.read(name)
         assert stored.layout == fresh.layout
         np.testing.assert_allclose(stored.patches.astype(np.float32), fresh.patches, rtol=2**-10, atol=1e-5)
+
+
+@pytest.mark.skipif(device_name() != "cpu", reason="a GPU may round otherwise: test_codec.py says how much")
+def test_codes_of_the_tower_s_lanes_are_those_of_numpy(tmp_path: Path, folder: Path) -> None:
+    encoder, images = small(folder)
+    for store, on_device in (("numpy", False), ("device", True)):
+        for some in (images[:1], images):  # the first shard tells the channels
+            with StoreWriter(tmp_path / store, encoder.fingerprint(), "int4", on_device=on_device) as writer:
+                embed_images(some, encoder, writer, batch_size=3)
+    same(tmp_path / "numpy", tmp_path / "device", 2)

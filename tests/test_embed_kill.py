@@ -21,7 +21,7 @@ from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.embeddings.tools import verify
 from mlx_llama3v.errors import StoreError
 from mlx_llama3v.stages import embed_data
-from mlx_llama3v.vision.encode import Encoder
+from mlx_llama3v.vision.encode import Encoder, Form
 from mlx_llama3v.weights import TINY
 from mlx_llama3v.weights.convert import convert
 from tests.forked import start
@@ -43,16 +43,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fill(model: Path, data: DataSet, output: Path, told: Path) -> None:
     """What is killed. `told`: how many slices and patches this run has given to the encoder."""
-    given, encode = np.zeros(2, np.int64), Encoder.encode
+    given, encode = np.zeros(2, np.int64), Encoder.encode_as
 
     with open(told, "wb", buffering=0) as file:
 
-        def telling(self: Encoder, slices: Any, batch_size: int = 8) -> list[np.ndarray]:
+        def telling(self: Encoder, form: Form, slices: Any, batch_size: int = 8) -> list[dict[str, np.ndarray]]:
             given[:] += len(slices), sum(len(patches) for _, patches in slices)
             os.pwrite(file.fileno(), given.tobytes(), 0)
-            return encode(self, slices, batch_size)
+            return encode(self, form, slices, batch_size)
 
-        Encoder.encode = telling  # type: ignore[method-assign]
+        Encoder.encode_as = telling  # type: ignore[method-assign]
         settings: dict[str, Any] = {"codec": "int8", "shard_bytes": SHARD_BYTES, "batch_size": BATCH}
         embed_data(model, data.captions, output, image_folder=data.images, **settings)
 

@@ -18,6 +18,7 @@ from PIL import Image
 from mlx_llama3v.config import ImageConfig, TilingConfig, VisionConfig
 from mlx_llama3v.errors import ImageError
 from mlx_llama3v.vision.encode import Encoder, bucket, normalised, patchify
+from mlx_llama3v.vision.families import ScalesEncoder
 from mlx_llama3v.vision.siglip import VisionTower, position_table, tower_weights
 from mlx_llama3v.vision.tiling import plan
 from tests.hf_siglip import make_siglip
@@ -92,6 +93,21 @@ def test_batches_of_mixed_pictures_equal_one_by_one(encoder: Encoder, batch_size
         )[0]
         assert embedding.dtype == np.float32 and embedding.shape == (grid[0] * grid[1], 32)
         assert np.abs(embedding - np.array(alone)).max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", [Encoder, ScalesEncoder])
+def test_parts_are_made_of_the_embeddings_of_each_slice(encoder: Encoder, kind: type[Encoder]) -> None:
+    tiling = TilingConfig() if kind is Encoder else TilingConfig(mode="squash")
+    encoder = kind(encoder.tower, VISION, ImageConfig(), tiling)
+    slices = []
+    for source in (picture(*size, seed=i) for i, size in enumerate(SIZES)):
+        layout, patches = encoder.prepare(source)
+        slices += zip(layout.grids, patches, strict=True)
+    whole = encoder.encode(slices, 3)
+    made = encoder.encode_as(lambda x: {"two": x[..., :2], "sum": x.sum(-1, keepdims=True)}, slices, 3)
+    for values, parts in zip(whole, made, strict=True):
+        assert parts["two"].shape == (len(values), 2) and np.array_equal(parts["two"], values[:, :2])
+        np.testing.assert_allclose(parts["sum"], values.sum(-1, keepdims=True), atol=1e-4)
 
 
 @pytest.mark.parametrize("vision", [VisionConfig(), VisionConfig(image_size=384, patch_size=14)], ids=str)

@@ -38,8 +38,8 @@ class Codec(Protocol):
     def fit(self, values: np.ndarray) -> dict[str, np.ndarray]:
         """Values [N, D] -> the channel parts [1, D], which `encode` takes and `decode` finds among its parts."""
 
-    def encode(self, values: np.ndarray, channels: Parts) -> dict[str, np.ndarray]:
-        """Float values [N, D] -> parts [N, ...] to be written."""
+    def encode(self, values: Any, channels: Parts, xp: Any = np) -> dict[str, Any]:
+        """Float values [..., N, D] -> parts [..., N, x] to be written; `xp` is numpy or mlx.core."""
 
     def decode(self, parts: Parts, xp: Any = np) -> Any:
         """Parts [..., N, x] and channel parts [..., 1, D] -> values [..., N, D]; `xp` is numpy or mlx.core."""
@@ -72,9 +72,9 @@ class Float16(_Sized):
         """See Codec: nothing is fitted."""
         return {}
 
-    def encode(self, values: np.ndarray, channels: Parts) -> dict[str, np.ndarray]:
+    def encode(self, values: Any, channels: Parts, xp: Any = np) -> dict[str, Any]:
         """See Codec."""
-        return {"patches": saturate(values)}
+        return {"patches": saturate(values, xp)}
 
     def decode(self, parts: Parts, xp: Any = np) -> Any:
         """See Codec; float16."""
@@ -94,10 +94,10 @@ class Int8(_Sized):
         """See Codec."""
         return _fit(values)
 
-    def encode(self, values: np.ndarray, channels: Parts) -> dict[str, np.ndarray]:
+    def encode(self, values: Any, channels: Parts, xp: Any = np) -> dict[str, Any]:
         """See Codec."""
-        normal, scale = _normalise(values, channels, 127)
-        return {"codes": np.clip(np.rint(normal), -127, 127).astype(np.int8), "scales": scale}
+        normal, scale = _normalise(values, channels, 127, xp)
+        return {"codes": xp.clip(xp.round(normal), -127, 127).astype(xp.int8), "scales": scale}
 
     def decode(self, parts: Parts, xp: Any = np) -> Any:
         """See Codec; float32."""
@@ -123,19 +123,26 @@ class Int4(_Sized):
         """See Codec."""
         return _fit(values)
 
-    def encode(self, values: np.ndarray, channels: Parts) -> dict[str, np.ndarray]:
+    def encode(self, values: Any, channels: Parts, xp: Any = np) -> dict[str, Any]:
         """See Codec; a width that is no multiple of 16 is padded to one."""
-        normal, scale = _normalise(values, channels, 1)
-        groups = np.pad(normal, ((0, 0), (0, -normal.shape[1] % _GROUP)))
-        groups = groups.reshape(len(normal), groups.shape[1] // _GROUP, _GROUP)
-        extreme = np.take_along_axis(groups, np.abs(groups).argmax(-1)[..., None], -1)[..., 0]
-        with np.errstate(divide="ignore"):
-            # Rounded down: saturating the largest value a little costs less than coarser steps for the other 15.
-            power = np.floor(np.log2(np.abs(extreme) / 8) * _STEPS) + 127
-        power = np.clip(power, 0, 127).astype(np.uint8) | np.where(extreme > 0, 128, 0).astype(np.uint8)
-        codes = np.clip(np.rint(groups / _GROUP_SCALES[power][..., None]), -8, 7).astype(np.int8).view(np.uint8)
-        codes = codes.reshape(len(normal), groups.shape[1] * _GROUP) & 15
-        return {"codes": codes[:, ::2] | codes[:, 1::2] << 4, "groups": power, "scales": scale}
+        normal, scale = _normalise(values, channels, 1, xp)
+        *lead, columns = normal.shape
+        groups, table = -(-columns // _GROUP), _table(xp)
+        if columns % _GROUP:
+            normal = xp.pad(normal, [(0, 0)] * len(lead) + [(0, groups * _GROUP - columns)])
+        normal = normal.reshape(*lead, groups, _GROUP)
+        # A row [..., groups] for every place in a group: down columns of those all of it is vectorized.
+        normal = xp.stack([normal[..., place] for place in range(_GROUP)])
+        largest, least = normal.max(0), normal.min(0)
+        above = largest >= -least
+        step = xp.maximum(xp.where(above, largest, -least) / 8, table[0])
+        # Rounded down: saturating the largest value a little costs less than coarser steps for the other 15. Devices
+        # differ in the last bits of log2, so it is taken a little too low and the table decides.
+        power = xp.clip(xp.floor(xp.log2(step) * _STEPS - 0.01) + 127, 0, 126).astype(xp.uint8)
+        power = power + (step >= table[power + 1]).astype(xp.uint8) | (above.astype(xp.uint8) << 7)
+        codes = xp.clip(xp.round(normal / table[power]), -8, 7).astype(xp.int8).view(xp.uint8)
+        codes = xp.moveaxis(codes[::2] & 15 | codes[1::2] << 4, 0, -1).reshape(*lead, groups * _GROUP // 2)
+        return {"codes": codes, "groups": power, "scales": scale}
 
     def decode(self, parts: Parts, xp: Any = np) -> Any:
         """See Codec; float32."""
@@ -174,22 +181,21 @@ def _fit(values: np.ndarray) -> dict[str, np.ndarray]:
     return {"channel.offset": offset[None].astype(np.float32), "channel.scale": scale[None].astype(np.float32)}
 
 
-def _normalise(values: np.ndarray, channels: Parts, largest: int) -> tuple[np.ndarray, np.ndarray]:
-    """Values over channels and tokens, of which the largest of a token is `largest`; and float16 scales [N, 1]."""
-    normal = (np.clip(values.astype(np.float32), -_LIMIT, _LIMIT) - channels["channel.offset"]) / channels[
-        "channel.scale"
-    ]
-    scale = np.abs(normal).max(-1, keepdims=True, initial=0) / largest
-    # Never rounded to less than what is needed, nor to zero where there is something.
-    scale = np.nextafter(np.clip(scale, 0, _LIMIT).astype(np.float16), np.float16(_LIMIT))
-    return normal / scale.astype(np.float32), scale
+def _normalise(values: Any, channels: Parts, largest: int, xp: Any) -> tuple[Any, Any]:
+    """Values over channels and tokens, of which the largest of a token is `largest`; and float16 scales [..., N, 1]."""
+    clipped = xp.clip(values.astype(xp.float32), -_LIMIT, _LIMIT)
+    normal = (clipped - channels["channel.offset"]) / channels["channel.scale"]
+    scale = xp.minimum(xp.abs(normal).max(-1, keepdims=True) / largest, _LIMIT).astype(xp.float16)
+    # The next float16: never less than what is needed, nor zero where there is something.
+    scale = (scale.view(xp.uint16) + (scale < _LIMIT).astype(xp.uint16)).view(xp.float16)
+    return normal / scale.astype(xp.float32), scale
 
 
-def saturate(values: np.ndarray) -> np.ndarray:
+def saturate(values: Any, xp: Any = np) -> Any:
     """float16, values beyond its range at its ends."""
-    if values.dtype == np.float16:
+    if values.dtype == xp.float16:
         return values
-    return np.clip(values, -_LIMIT, _LIMIT).astype(np.float16)
+    return xp.clip(values, -_LIMIT, _LIMIT).astype(xp.float16)
 
 
 # The smallest whose effect on the demo's accuracy cannot be told from none, three seeds (benchmarks/codecs.py).

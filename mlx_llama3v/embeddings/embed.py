@@ -22,9 +22,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlx_llama3v.config import Encoded, Grid, SliceLayout
+from mlx_llama3v.embeddings.form import Made, gather
 from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.errors import ImageError
 from mlx_llama3v.source import Loaded, Source, load_source
+from mlx_llama3v.vision.encode import Form, as_values
 
 _WINDOW = 4  # batches that are collected before encoding: slices of like shape find each other there
 _WINDOWS = 8  # a shard holds at least: it is closed when two more could exceed it (`_Behind`)
@@ -38,8 +40,10 @@ class Encoder(Protocol):
     def prepare(self, source: Loaded) -> tuple[SliceLayout, list[np.ndarray]]:
         """Layout and the patches [P_i, C] of each slice; called in threads. Raises ImageError."""
 
-    def encode(self, slices: Sequence[tuple[Grid, np.ndarray]], batch_size: int) -> list[np.ndarray]:
-        """(patch grid, patches) of slices of any pictures -> embeddings [P_i, D] of each."""
+    def encode_as(
+        self, form: Form, slices: Sequence[tuple[Grid, np.ndarray]], batch_size: int
+    ) -> Sequence[Mapping[str, np.ndarray]]:
+        """(patch grid, patches) of slices of any pictures -> what `form` makes of the embeddings [P_i, D] of each."""
 
     def fingerprint(self) -> dict[str, Any]:
         """What the store's manifest must say."""
@@ -199,18 +203,22 @@ class _Behind:
         stored = layout if self.writer.post is None else self.writer.post.layout(layout)
         return self.writer.codec.row_bytes(self._width) * stored.patches
 
+    def form(self) -> Form:
+        """What the encoder is asked for. The first picture tells the width, so it comes as it is."""
+        return self.writer.form() if self._width else as_values
+
     def room(self, window: _Window) -> None:
         """Wait until `window` may be encoded: with it, what a kill costs is within the limit. Raises StoreError."""
         if self._unsafe + window.bytes > self.writer.most_lost:
             self.wait()
             _close(self.writer, window.bytes)
 
-    def start(self, window: _Window, made: Mapping[str, Encoded]) -> None:
+    def start(self, window: _Window, made: Mapping[str, Made]) -> None:
         """Write `window` and its pictures' embeddings, once the window before it is written. Raises StoreError."""
         self.wait()
         self.hashes = frozenset(made)
-        self._width = next((encoded.patches.shape[-1] for encoded in made.values()), self._width)
-        size = self.writer.codec.row_bytes(self._width) * sum(len(encoded.patches) for encoded in made.values())
+        self._width = next((one.patches.shape[-1] for one in made.values() if isinstance(one, Encoded)), self._width)
+        size = self.writer.codec.row_bytes(self._width) * sum(one.layout.patches for one in made.values())
         self._unsafe, self._largest = self.writer.pending_bytes + size, max(self._largest, size)
         self._running = self._pool.submit(_write, self.writer, window, made, 2 * self._largest)
 
@@ -234,16 +242,16 @@ def _close(writer: StoreWriter, size: float) -> None:
         writer.flush()
 
 
-def _write(writer: StoreWriter, window: _Window, made: Mapping[str, Encoded], room: int) -> int:
+def _write(writer: StoreWriter, window: _Window, made: Mapping[str, Made], room: int) -> int:
     """Runs in the writing thread; bytes of embeddings. Leaves room for `room` bytes."""
     for name, reason in window.failed:
         writer.fail(name, reason)
     for name, sha in window.known:
         writer.alias(name, sha)
     size = 0
-    for sha, encoded in made.items():
+    for sha, one in made.items():
         first, *others = window.pictures[sha][0]
-        size += writer.put(first, sha, encoded)
+        size += writer.put(first, sha, one)
         for name in others:
             writer.alias(name, sha)
     _close(writer, room)
@@ -317,12 +325,11 @@ def _encode(window: _Window, encoder: Encoder, batch_size: int, behind: _Behind,
     waiting = window.pictures.items()
     slices = [item for _, (_, layout, patches) in waiting for item in zip(layout.grids, patches, strict=True)]
     run.rows -= encoder.rows
-    found = iter(encoder.encode(slices, batch_size) if slices else [])
+    found = iter(encoder.encode_as(behind.form(), slices, batch_size) if slices else [])
     run.rows += encoder.rows
     made = {}
     for sha, (names, layout, _) in waiting:
-        values = np.concatenate([next(found) for _ in layout.grids])
-        made[sha] = behind.writer.ready(names[0], Encoded(layout, values))
+        made[sha] = behind.writer.ready(names[0], gather(layout, [next(found) for _ in layout.grids]))
         run.new += 1
         run.duplicates += len(names) - 1
         run.slices += len(layout.grids)

@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 
 from mlx_llama3v.config import Encoded, SliceLayout
-from mlx_llama3v.embeddings.codec import get_codec, saturate
+from mlx_llama3v.embeddings.codec import get_codec, saturate, width
+from mlx_llama3v.embeddings.form import Made, choose_form
 from mlx_llama3v.embeddings.lock import Lock
 from mlx_llama3v.embeddings.shard import Parts, Picture, Shard, write_atomic, write_shard
 from mlx_llama3v.embeddings.store import (
@@ -43,6 +44,7 @@ from mlx_llama3v.embeddings.store import (
 )
 from mlx_llama3v.embeddings.writer import Post
 from mlx_llama3v.errors import StoreError
+from mlx_llama3v.vision.encode import Form
 
 Turn = tuple[int, Sequence[str]]  # number, names of the pictures that it reads
 AHEAD, WANTED = "ahead.json", "wanted.json"
@@ -107,11 +109,15 @@ class RollingWriter:
         """See StoreWriter; what is read again much later is encoded again, or its shard would have to stay."""
         return False
 
-    def ready(self, name: str, encoded: Encoded) -> Encoded:
+    def form(self) -> Form:
         """See StoreWriter."""
-        return encoded if self.post is None else self.post(encoded)
+        return choose_form(self.codec, self._channels, self.post is not None)
 
-    def put(self, name: str, sha: str, encoded: Encoded) -> int:
+    def ready(self, name: str, made: Made) -> Made:
+        """See StoreWriter."""
+        return made if self.post is None or isinstance(made, Coded) else self.post(made)
+
+    def put(self, name: str, sha: str, made: Made) -> int:
         """See StoreWriter."""
         turn = turn_of(name)
         if turn > self._turn:  # pictures come in order, so the turns before are complete
@@ -120,9 +126,10 @@ class RollingWriter:
                 self._write()
         size = 0
         if sha not in self._hashes:
-            self._pictures.append((sha, encoded.layout, self.codec.encode(encoded.patches, self._channels)))
+            parts = made.parts if isinstance(made, Coded) else self.codec.encode(made.patches, self._channels)
+            self._pictures.append((sha, made.layout, parts))
             self._hashes.add(sha)
-            size = self.codec.row_bytes(encoded.patches.shape[-1]) * encoded.layout.patches
+            size = self.codec.row_bytes(width(parts, self._channels)) * made.layout.patches
             self.pending_bytes += size
         self.alias(name, sha)
         return size

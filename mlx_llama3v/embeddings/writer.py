@@ -17,10 +17,12 @@ import numpy as np
 
 from mlx_llama3v.config import Encoded, SliceLayout
 from mlx_llama3v.embeddings.codec import fidelity, get_codec
+from mlx_llama3v.embeddings.form import Made, choose_form
 from mlx_llama3v.embeddings.lock import Lock
 from mlx_llama3v.embeddings.shard import Parts, Picture, Shard, write_atomic, write_shard
 from mlx_llama3v.embeddings.store import (
     MANIFEST,
+    Coded,
     Manifest,
     Store,
     open_shard,
@@ -29,6 +31,7 @@ from mlx_llama3v.embeddings.store import (
     write_failures,
 )
 from mlx_llama3v.errors import DamagedError, StoreError
+from mlx_llama3v.vision.encode import Form
 
 DAMAGE = "damage.json"  # names of shards that `verify` found damaged: the next writer sets them aside
 _MAX_NAMES = 1 << 16  # of one shard: keeps its index small where pictures are tiny
@@ -68,6 +71,7 @@ class StoreWriter:
         codec: str = "float16",
         shard_bytes: int = 512 << 20,
         post: Post | None = None,
+        on_device: bool | None = None,
     ) -> None:
         """Open or create the store at `path`.
 
@@ -75,6 +79,7 @@ class StoreWriter:
             fingerprint: JSON-ready description of the encoder (Encoder.fingerprint()).
             shard_bytes: a shard is written when it holds that much, and so grows a little beyond it.
             post: done to every picture's embeddings first (pooling, the projector).
+            on_device: whether the tower's device does the coding; default: where it is a GPU.
 
         Raises:
             StoreError: made with other settings, not writable, or another process is writing to it.
@@ -82,7 +87,7 @@ class StoreWriter:
         self.path = Path(path)
         self.most_lost = shard_bytes
         self.codec = get_codec(codec)
-        self.post = post
+        self.post, self._on_device = post, on_device
         self.manifest = Manifest(plain(fingerprint), codec, plain(post.describe()) if post else {})
         self.set_aside: tuple[str, ...] = ()
         self._lock = Lock(self.path)
@@ -145,32 +150,38 @@ class StoreWriter:
         """
         return self.put(name, sha, encoded if self.has_hash(sha) else self.ready(name, encoded))
 
-    def ready(self, name: str, encoded: Encoded) -> Encoded:
+    def form(self) -> Form:
+        """What `Encoder.encode_as` should make for this store: codes on a GPU, once there is a first shard's sample."""
+        return choose_form(self.codec, self._channels, self.post is not None, self._on_device)
+
+    def ready(self, name: str, made: Made) -> Made:
         """The first half of `add`: check the embeddings and do to them what comes before the codec.
 
         For the thread that runs the tower: that may be another model. Changes nothing. Raises StoreError.
         """
-        self._check(name, encoded)
-        return encoded if self.post is None else self.post(encoded)
+        self._check(name, made)
+        return made if self.post is None or isinstance(made, Coded) else self.post(made)
 
-    def put(self, name: str, sha: str, encoded: Encoded) -> int:
+    def put(self, name: str, sha: str, made: Made) -> int:
         """The second half of `add`: compress what `ready` returned, and write a shard when one is full."""
         size = 0
         if not self.has_hash(sha):
-            width = encoded.patches.shape[-1]
+            width = made.patches.shape[-1] if isinstance(made, Encoded) else self._width
             if self._width not in (0, width):
                 raise StoreError(f"{name!r}: embeddings have width {width}, those of the store {self._width}.")
             self._width = width
             self._hashes.add(sha)
-            size = self.codec.row_bytes(width) * encoded.layout.patches
+            size = self.codec.row_bytes(width) * made.layout.patches
             self.pending_bytes += size
-            if self._channels is None:
-                self._unfitted.append((sha, encoded))
-                self._sample_bytes += 4 * encoded.patches.size
+            if isinstance(made, Coded):
+                self._pictures.append((sha, *made))
+            elif self._channels is None:
+                self._unfitted.append((sha, made))
+                self._sample_bytes += 4 * made.patches.size
                 if self._sample_bytes >= _SAMPLE_BYTES:
                     self._fit()
             else:
-                self._pictures.append((sha, encoded.layout, self.codec.encode(encoded.patches, self._channels)))
+                self._pictures.append((sha, made.layout, self.codec.encode(made.patches, self._channels)))
         self.alias(name, sha)
         return size
 
@@ -244,13 +255,14 @@ class StoreWriter:
         )
         self._number += 1
 
-    def _check(self, name: str, encoded: Encoded) -> None:
-        values = encoded.patches
-        if values.ndim != 2 or len(values) != encoded.layout.patches:
-            raise StoreError(
-                f"{name!r}: embeddings have shape {values.shape}, expected ({encoded.layout.patches}, ...)."
-            )
-        if not np.isfinite(values).all():
+    def _check(self, name: str, made: Made) -> None:
+        arrays = [made.patches] if isinstance(made, Encoded) else [*made.parts.values()]
+        for values in arrays:
+            if values.ndim != 2 or len(values) != made.layout.patches:
+                raise StoreError(
+                    f"{name!r}: embeddings have shape {values.shape}, expected ({made.layout.patches}, ...)."
+                )
+        if not all(np.isfinite(values).all() for values in arrays):
             raise StoreError(f"{name!r}: the encoder gave values that are not finite; its weights are damaged.")
 
     def _fit(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -27,7 +27,14 @@ from mlx_llama3v.vision.tiling import Plan, Size, plan
 
 Slice = tuple[Grid, np.ndarray]  # patch grid (rows, columns) and patches [rows*columns, p*p*3], values 0..255
 
+Form = Callable[[mx.array], dict[str, mx.array]]  # embeddings [S, P, D] -> what leaves the device: parts [S, P, x]
+
 _PADDING = 0.1  # of the rows of a batch, at most
+
+
+def as_values(values: mx.array) -> dict[str, mx.array]:
+    """The form of embeddings that are wanted as they are."""
+    return {"values": values}
 
 
 def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
@@ -103,23 +110,28 @@ class Encoder:
         Takes (grid, patches) pairs, as in `zip(layout.grids, patches)`. The tower runs on `batch_size` slices
         at a time; padding never changes a result beyond float rounding.
         """
+        return [made["values"] for made in self.encode_as(as_values, slices, batch_size)]
+
+    def encode_as(self, form: Form, slices: Sequence[Slice], batch_size: int = 8) -> list[dict[str, np.ndarray]]:
+        """As `encode`, but of each slice the parts [P_i, x] that `form` makes of its embeddings, on the device."""
         count = default_lanes(min(batch_size, len(slices)))
         size = -(-batch_size // count)  # the lanes together hold one batch
-        found: dict[int, np.ndarray] = {}
-        waiting: deque[tuple[list[int], Future[mx.array]]] = deque()
+        found: dict[int, dict[str, np.ndarray]] = {}
+        waiting: deque[tuple[list[int], Future[dict[str, mx.array]]]] = deque()
 
         def take() -> None:
             chosen, work = waiting.popleft()
-            # Copies, so that one slice does not keep its whole batch in memory.
-            for i, rows in zip(chosen, np.array(work.result()), strict=True):
+            made = {name: np.array(part) for name, part in work.result().items()}
+            for at, i in enumerate(chosen):
                 h, w = slices[i][0]
-                found[i] = rows[: h * w].copy()
+                # Copies, so that one slice does not keep its whole batch in memory.
+                found[i] = {name: part[at, : h * w].copy() for name, part in made.items()}
 
         mx.eval(self.tower.parameters())  # lanes take no work of another thread over
         with lanes(count) as side:
             for chosen in self._batches(slices, size):
                 self.rows += len(chosen) * max(len(slices[i][1]) for i in chosen)
-                waiting.append((chosen, side.start(partial(self._forward, [slices[i] for i in chosen]))))
+                waiting.append((chosen, side.start(partial(self._formed, form, [slices[i] for i in chosen]))))
                 if len(waiting) > count:
                     take()
             while waiting:
@@ -129,6 +141,9 @@ class Encoder:
     def _batches(self, slices: Sequence[Slice], size: int) -> list[list[int]]:
         """Numbers of the slices that `_forward` takes together."""
         return bucket([len(patches) for _, patches in slices], size)
+
+    def _formed(self, form: Form, batch: Sequence[Slice]) -> dict[str, mx.array]:
+        return form(self._forward(batch))
 
     def _forward(self, batch: Sequence[Slice]) -> mx.array:
         """float32 [S, P, D], padded to the longest slice of the batch."""

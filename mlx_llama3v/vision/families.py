@@ -19,7 +19,7 @@ from PIL import Image
 
 from mlx_llama3v.config import Grid, ModelConfig, SliceLayout, TilingConfig
 from mlx_llama3v.errors import CheckpointError
-from mlx_llama3v.vision.encode import Encoder, Slice, patchify
+from mlx_llama3v.vision.encode import Encoder, Form, Slice, as_values, patchify
 from mlx_llama3v.vision.image import Source, cut, open_image
 from mlx_llama3v.vision.siglip import VisionTower, _bicubic
 from mlx_llama3v.vision.tiling import plan
@@ -86,12 +86,16 @@ class ScalesEncoder(PaddingEncoder):
             tiles += [scaled[y : y + side, x : x + side] for y, x in corners]
         return slices.layout, [np.concatenate([patchify(tile, self.vision.patch_size) for tile in tiles])]
 
-    def encode(self, slices: Sequence[Slice], batch_size: int = 8) -> list[np.ndarray]:
-        """See Encoder; [P, 3 * D]."""
+    def encode_as(self, form: Form, slices: Sequence[Slice], batch_size: int = 8) -> list[dict[str, np.ndarray]]:
+        """See Encoder; of [P, 3 * D]."""
         count = sum(scale**2 for scale in SCALES)
         tiles = [(grid, part) for grid, patches in slices for part in np.split(patches, count)]
-        hidden = super().encode(tiles, batch_size)
-        return [self._joined(hidden[at : at + count], slices[at // count][0]) for at in range(0, len(hidden), count)]
+        hidden = [made["values"] for made in super().encode_as(as_values, tiles, batch_size)]
+        found = []
+        for number, (grid, _) in enumerate(slices):
+            joined = mx.array(self._joined(hidden[number * count : (number + 1) * count], grid))
+            found.append({name: np.array(part[0]) for name, part in form(joined[None]).items()})
+        return found
 
     @staticmethod
     def _joined(tiles: Sequence[np.ndarray], grid: Grid) -> np.ndarray:
