@@ -20,6 +20,7 @@ import numpy as np
 
 from mlx_llama3v.config import MARKERS, Encoded, ProjectorConfig, SliceLayout
 from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.kernels import affine, attend
 from mlx_llama3v.lanes import cut
 from mlx_llama3v.resampler import Downsample, Resampler
 from mlx_llama3v.text.prompt import FIRST_VISUAL
@@ -34,7 +35,7 @@ class Linear(nn.Linear):
     """float32 parameters, computing in the input's dtype."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        return mx.addmm(self.bias.astype(x.dtype), x, self.weight.T.astype(x.dtype))
+        return affine(x, self.weight.astype(x.dtype), self.bias.astype(x.dtype))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -68,16 +69,10 @@ class Block(nn.Module):
             layer.weight, layer.bias = mx.zeros_like(layer.weight), mx.zeros_like(layer.bias)
 
     def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
-        """[S, P, H] and a bool mask over keys [S, 1, 1, P] -> [S, P, H]."""
-        S, P, H = x.shape
-
-        def heads(y: mx.array) -> mx.array:
-            return y.reshape(S, P, self.num_heads, -1).transpose(0, 2, 1, 3)
-
+        """[S, P, H] and a bool mask over patches [S, P] -> [S, P, H]."""
         y = self.norm1(x)
-        q, k, v = heads(self.q_proj(y)), heads(self.k_proj(y)), heads(self.v_proj(y))
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)
-        x = cut(x + self.out_proj(y.transpose(0, 2, 1, 3).reshape(S, P, H)))
+        y = attend(self.q_proj(y), self.k_proj(y), self.v_proj(y), self.num_heads, mask)
+        x = cut(x + self.out_proj(y))
         return cut(x + self.fc2(nn.relu2(self.fc1(self.norm2(x)))))
 
 
@@ -103,7 +98,7 @@ class AttentionProjector(nn.Module):
         x = self.linear_in(patches)
         x = x + sincos_positions(rows, cols, x.shape[-1]).astype(x.dtype)
         for block in self.blocks:
-            x = block(x, valid[:, None, None, :])
+            x = block(x, valid)
         window = rows // self.pool * -(-grid[:, 1:] // self.pool) + cols // self.pool
         x = average(x, window, valid, num_tokens)
         return self.linear_out(self.norm(x))

@@ -189,6 +189,6 @@ def test_a_fresh_block_is_the_identity() -> None:
     fresh = Projector(ProjectorConfig("attention", 12, 20, hidden_dim=16, num_heads=2, pool=3))
     block = fresh.body.blocks[0]
     hidden = mx.random.normal((1, 9, 16))
-    assert mx.array_equal(block(hidden, mx.ones((1, 1, 1, 9), mx.bool_)), hidden)
+    assert mx.array_equal(block(hidden, mx.ones((1, 9), mx.bool_)), hidden)
     before = fresh(patches, grid, 1)
     assert not mx.allclose(awake(fresh)(patches, grid, 1), before)

@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_llama3v.config import Grid, SiglipTextConfig, VisionConfig
 from mlx_llama3v.errors import CheckpointError
-from mlx_llama3v.kernels import attend, gelu_tanh
+from mlx_llama3v.kernels import affine, attend, gelu_tanh
 from mlx_llama3v.lanes import cut
 
 _ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
@@ -32,6 +32,11 @@ def _activation(name: str) -> Callable[[mx.array], mx.array]:
     return _ACTIVATIONS[name]
 
 
+class Linear(nn.Linear):
+    def __call__(self, x: mx.array) -> mx.array:
+        return affine(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     def __init__(self, dims: int, heads: int):
         super().__init__()
@@ -41,31 +46,21 @@ class Attention(nn.Module):
                 "(left out, it is 12, as in transformers)."
             )
         self.heads = heads
-        self.q_proj = nn.Linear(dims, dims)
-        self.k_proj = nn.Linear(dims, dims)
-        self.v_proj = nn.Linear(dims, dims)
-        self.out_proj = nn.Linear(dims, dims)
+        self.q_proj = Linear(dims, dims)
+        self.k_proj = Linear(dims, dims)
+        self.v_proj = Linear(dims, dims)
+        self.out_proj = Linear(dims, dims)
 
     def __call__(self, x: mx.array, mask: mx.array | None = None) -> mx.array:
-        return self.out_proj(_attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, mask))
-
-
-def _attend(q: mx.array, k: mx.array, v: mx.array, heads: int, mask: mx.array | None) -> mx.array:
-    """Bidirectional attention over [B, L, D]; `mask` [B, L] is True where a key may be read."""
-    B, L, D = q.shape
-    q, k, v = (x.reshape(B, -1, heads, D // heads).transpose(0, 2, 1, 3) for x in (q, k, v))
-    if mask is not None:
-        mask = mask[:, None, None, :]
-    x = attend(q, k, v, (D // heads) ** -0.5, mask)
-    return x.transpose(0, 2, 1, 3).reshape(B, L, D)
+        return self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, mask))
 
 
 class MLP(nn.Module):
     def __init__(self, config: VisionConfig | SiglipTextConfig):
         super().__init__()
         self.activation = _activation(config.hidden_act)
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.fc2(self.activation(self.fc1(x)))
@@ -108,14 +103,14 @@ class PoolingAttention(nn.Module):
         bound = math.sqrt(1 / dims)
         self.in_proj_weight = mx.random.uniform(-bound, bound, (3 * dims, dims))
         self.in_proj_bias = mx.zeros((3 * dims,))
-        self.out_proj = nn.Linear(dims, dims)
+        self.out_proj = Linear(dims, dims)
 
     def __call__(self, query: mx.array, x: mx.array, mask: mx.array | None) -> mx.array:
         D = x.shape[-1]
         weight, bias = self.in_proj_weight, self.in_proj_bias
         q = query @ weight[:D].T + bias[:D]
         k, v = mx.split(x @ weight[D:].T + bias[D:], 2, axis=-1)
-        return self.out_proj(_attend(q, k, v, self.heads, mask))
+        return self.out_proj(attend(q, k, v, self.heads, mask))
 
 
 class PoolingHead(nn.Module):
@@ -139,7 +134,7 @@ class PatchEmbeddings(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         patch = config.patch_size**2 * config.num_channels
-        self.patch_embedding = nn.Linear(patch, config.hidden_size)
+        self.patch_embedding = Linear(patch, config.hidden_size)
         self.position_embedding = nn.Embedding(config.grid**2, config.hidden_size)
 
 
@@ -196,7 +191,7 @@ class TextTower(nn.Module):
         self.embeddings = TextEmbeddings(config)
         self.encoder = Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.projection_size or config.hidden_size)
+        self.head = Linear(config.hidden_size, config.projection_size or config.hidden_size)
 
     def __call__(self, ids: mx.array) -> mx.array:
         """ids [B, T], padded to `max_position_embeddings` as in training -> [B, projection_size]."""
