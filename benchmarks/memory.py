@@ -85,7 +85,7 @@ def measure(size: tuple[int, ...], stage: str, recompute: bool, form: str = "flo
     learns = prepare(model, config)
     optimizer = adamw(0.0)
     optimizer.init(model.trainable_parameters())
-    step = Step(model, optimizer, 1.0, compiled=False, recompute=recompute)
+    step = Step(model, optimizer, 1.0, compiled=False, recompute=recompute, dtype=learns.dtype)
     mx.eval(model.state, optimizer.state)
     ids = mx.random.randint(0, vocab, (rows, length)).astype(mx.int32)
     supervised = np.zeros((rows, length), bool)

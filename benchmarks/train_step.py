@@ -137,10 +137,10 @@ def ours(args: argparse.Namespace, work: Path, how: str) -> tuple[Step, float]:
     store, laid_out = data(tower, weights, work / "store")
     encoder, pixels = our_encoder(tower, weights) if how == "ours encoding" else None, rows(tower)[2]
     config = TrainConfig(stage="sft", batch_size=BATCH, lora_rank=RANK, lora_scale=SCALE).resolved()
-    prepare(model, config)
+    learns = prepare(model, config)
     optimizer = adamw(0.0)
     optimizer.init(model.trainable_parameters())
-    step = TrainStep(model, optimizer, 1.0, bool(config.compile))
+    step = TrainStep(model, optimizer, 1.0, bool(config.compile), dtype=learns.dtype)
     mx.eval(model.state, optimizer.state)  # lanes take no work of another thread over
     parts = [model, *([encoder.tower] if encoder else [])]
     size = sum(value.nbytes for module in parts for value in parameters(module).values())

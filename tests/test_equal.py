@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
+from mlx_llama3v.compat import LoRALinear
 from mlx_llama3v.data.batches import bins, collate
 from mlx_llama3v.data.records import Record
 from mlx_llama3v.data.rows import Row, RowLayout
@@ -19,12 +22,13 @@ from mlx_llama3v.errors import RunError
 from mlx_llama3v.tensors import load_file
 from mlx_llama3v.text.prompt import Message
 from mlx_llama3v.train import loss as loss_module
+from mlx_llama3v.train.lora import prepare
 from mlx_llama3v.train.optim import adamw
 from mlx_llama3v.train.step import Step, add
 from tests.ranks import LAUNCH, launch
 from tests.test_loss import assert_same, found, numbers, prepared, rows_of
 from tests.test_reference import rows_of as reference_rows
-from tests.tiny_model import tiny_tokens
+from tests.tiny_model import tiny_model, tiny_tokens
 from tests.tiny_run import chats, make_store, run, settings, short_run
 
 STAGES = [("pretrain", {}), ("sft", {}), ("sft", {"tune": "full"}), ("sft", {"tune_projector": True})]
@@ -170,3 +174,44 @@ def test_one_rank_is_two_ranks(store: Store, tmp_path: Path) -> None:
             for key in ("step", "tokens", "epoch", "loss", "grad_norm", "eval_loss", "eval_shuffled"):
                 if key in a:
                     assert b[key] == pytest.approx(a[key], rel=1e-3), (stage, key)
+
+
+@pytest.mark.parametrize(("tune", "recompute"), [("lora", False), ("lora", True), ("full", False)])
+def test_a_16_bit_decoder_computes_in_16_bits_throughout(
+    store: Store, monkeypatch: pytest.MonkeyPatch, tune: str, recompute: bool
+) -> None:
+    model = tiny_model(scale=1.0)
+    model.language_model.set_dtype(mx.bfloat16)
+    learns = prepare(model, settings("sft", tune=tune))
+    assert learns.dtype == mx.bfloat16
+    noise = [(n, mx.random.normal(v.shape, scale=0.1)) for n, v in learned_of(model) if n.endswith("lora_b")]
+    model.load_weights(noise, strict=False)
+    batch = collate(rows_of(model, store), store, model.config, 4)
+    exact = computed(model, batch)
+    seen = set()
+    kind = LoRALinear if tune == "lora" else nn.Linear
+    call = kind.__call__
+
+    def watch(self: Any, x: mx.array) -> mx.array:
+        seen.update({x.dtype, *(value.dtype for _, value in tree_flatten(self.trainable_parameters()))})
+        return call(self, x)
+
+    monkeypatch.setattr(kind, "__call__", watch)
+    rounded = computed(model, batch, recompute=recompute, dtype=learns.dtype)
+    assert seen == {mx.bfloat16}
+    assert {value.dtype for _, value in learned_of(model)} == {mx.float32}
+    assert {value.dtype for value in rounded[2].values()} == {np.dtype(np.float32)}
+    assert rounded[0] == pytest.approx(exact[0], rel=1e-2)
+    for name, want in exact[2].items():
+        assert np.linalg.norm(rounded[2][name] - want) < 0.05 * np.linalg.norm(want) + 1e-6, name
+
+
+def test_dora_is_not_rounded() -> None:
+    model = tiny_model()
+    model.language_model.set_dtype(mx.bfloat16)
+    assert prepare(model, settings("sft", tune="dora")).dtype == mx.float32
+
+
+def learned_of(model: Any) -> list[tuple[str, mx.array]]:
+    found: list[tuple[str, mx.array]] = tree_flatten(model.trainable_parameters())
+    return found

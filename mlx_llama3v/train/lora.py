@@ -16,6 +16,7 @@ from mlx_llama3v.errors import RunError
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.tensors import parameters
 from mlx_llama3v.train.config import STAGES, TrainConfig
+from mlx_llama3v.train.memory import activation_dtype
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,15 @@ class Trainable:
         shapes: of every tensor that learns, by its name in the model.
         count, total: numbers that learn, and numbers in all.
         adapter_config: what `adapter_config.json` says, as for mlx-lm; None where the projector learns.
+        dtype: what the decoder's part of them is rounded to in a step (`Step`), so that a 16-bit decoder computes in
+            16 bits throughout: beside a float32 matrix MLX makes a float32 copy of each layer's input.
     """
 
     shapes: dict[str, tuple[int, ...]]
     count: int
     total: int
     adapter_config: dict[str, Any] | None
+    dtype: mx.Dtype
 
     @property
     def parts(self) -> list[str]:
@@ -49,6 +53,7 @@ def prepare(model: Llama3V, config: TrainConfig) -> Trainable:
     What learns becomes float32, so that AdamW's states and small updates are exact. Fresh layers draw from
     `mx.random`. Raises RunError for adapters on adapters, full tuning of quantized weights, unknown keys.
     """
+    dtype = activation_dtype(model)
     model.freeze()
     adapters = None
     if STAGES[config.stage].trains == "projector":
@@ -69,6 +74,7 @@ def prepare(model: Llama3V, config: TrainConfig) -> Trainable:
         count=sum(value.size for value in learns.values()),
         total=sum(value.size for value in parameters(model).values()),
         adapter_config=adapters,
+        dtype=mx.float32 if config.tune == "dora" else dtype,  # DoRA's norms of whole rows need more than 16 bits
     )
 
 

@@ -19,10 +19,17 @@ class Step:
     """Gradient and update of what `model` has unfrozen."""
 
     def __init__(
-        self, model: Llama3V, optimizer: Optimizer, clip: float = 0.0, compiled: bool = True, recompute: bool = False
+        self,
+        model: Llama3V,
+        optimizer: Optimizer,
+        clip: float = 0.0,
+        compiled: bool = True,
+        recompute: bool = False,
+        dtype: mx.Dtype = mx.float32,
     ) -> None:
-        """`clip`: the largest global norm, 0 for none. The optimizer must be initialised."""
+        """`clip`: the largest global norm, 0 for none; `dtype`: see `Trainable`. The optimizer must be initialised."""
         self._model, self._optimizer, self._clip, self._recompute = model, optimizer, clip, recompute
+        self._dtype = dtype
         names = dict(tree_flatten(model.trainable_parameters()))
         self._inputs_learn = any(n.startswith("projector.") or "embed_tokens" in n for n in names)
         self._gradients, self._apply = self._sum_gradients, self._update
@@ -60,13 +67,18 @@ class Step:
         frozen = None if self._inputs_learn else model.embed(*inputs)
 
         def loss(parameters: Any) -> mx.array:
-            model.update(parameters)
+            model.update(self._rounded(parameters))
             vectors = model.embed(*inputs) if frozen is None else frozen
             return loss_sum(model, vectors, targets, supervised, picks, segments, recompute=self._recompute)
 
         value, gradients = mx.value_and_grad(loss)(learned)
         model.update(learned)  # the transformation left its own placeholders there
         return value, weights(supervised, picks).sum(), gradients
+
+    def _rounded(self, parameters: Any) -> Any:
+        """`parameters`, those of the decoder in the type that it computes in; gradients come back in float32."""
+        decoder = tree_map(lambda value: value.astype(self._dtype), parameters.get("language_model", {}))
+        return {**parameters, "language_model": decoder}
 
     def _update(self, gradients: Any, count: mx.array, norm: mx.array) -> mx.array:
         self._optimizer.update(self._model, mean_and_clip(gradients, count, norm, self._clip))

@@ -264,7 +264,8 @@ class _Run:
     def _loop(self, done: int, batches: Iterator[list[Batch]], side: Lanes) -> int | None:
         """All steps that are left; the step after which the run was asked to stop, None where it was not."""
         config, steps = self.config, self.feed.steps
-        step = Step(self.model, self.optimizer, config.clip, bool(config.compile), config.grad_checkpoint)
+        how = (config.clip, bool(config.compile), config.grad_checkpoint, self.trainable.dtype)
+        step = Step(self.model, self.optimizer, *how)
         mx.eval(self.model.state, self.optimizer.state)  # lanes take no work of another thread over
         for number in range(done, steps):
             stop = self._step(step, number, batches, side)
