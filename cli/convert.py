@@ -62,7 +62,9 @@ def convert(
             "--hf-path", help="A finished SigLIP + Llama-3 model instead: directory or Hub id.", show_default=False
         ),
     ] = None,
-    mlx_path: Annotated[Path, typer.Option("--mlx-path", help="Model directory to write.")] = Path("mlx_model"),
+    mlx_path: Annotated[
+        Path, typer.Option("--mlx-path", help="Model directory to write; one of the same checkpoints is replaced.")
+    ] = Path("mlx_model"),
     quantize: Annotated[bool, typer.Option("-q", "--quantize", help="Quantize the decoder.")] = False,
     max_slices: MaxSlices = None,
     dry_run: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -14,10 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mlx_llama3v.directory import leftovers as find_leftovers
+from mlx_llama3v.errors import size as size
 from mlx_llama3v.inference import Answer
 from mlx_llama3v.platform import peak_memory
 
-out = Console(highlight=False, soft_wrap=True)
+_SILENT = os.environ.get("MLX_RANK", "0") != "0"  # of several processes (mlx.launch) the first one speaks
+out = Console(highlight=False, soft_wrap=True, quiet=_SILENT)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -59,7 +62,8 @@ def bar(label: str, unit: str) -> Iterator[Bar]:
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[note]}"),
     )
-    with closing(Bar(Progress(*columns, console=err, refresh_per_second=4), unit, label)) as made:
+    console = Console(quiet=True) if _SILENT else err
+    with closing(Bar(Progress(*columns, console=console, refresh_per_second=4), unit, label)) as made:
         yield made
 
 
@@ -81,7 +85,8 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 def as_json(values: Any) -> None:
     """Machine-readable output, nothing else on stdout."""
-    sys.stdout.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    if not _SILENT:
+        sys.stdout.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def answer_stats(answer: Answer) -> str:
@@ -109,15 +114,6 @@ def answer_json(answer: Answer) -> dict[str, Any]:
     """Text, tokens and timings, JSON-ready."""
     values = {**vars(answer), "tokens": list(answer.tokens)}
     return {**values, "timings": {**vars(answer.timings), "first_token": answer.timings.first_token}}
-
-
-def size(count: float) -> str:
-    """Bytes for people: 1.7 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def duration(seconds: float) -> str:

@@ -19,7 +19,6 @@ from mlx_llama3v.cli.interrupt import interruptible
 from mlx_llama3v.cli.options import Offline, TrainConfigFile, byte_count, given, settings_options, split_settings
 from mlx_llama3v.embeddings.codec import CODECS
 from mlx_llama3v.embeddings.codec import DEFAULT as DEFAULT_CODEC
-from mlx_llama3v.embeddings.store import MANIFEST
 from mlx_llama3v.errors import RunError
 from mlx_llama3v.knob import knob
 from mlx_llama3v.stages import train_stage
@@ -44,12 +43,15 @@ class Embedding:
     )
     store_budget: str = knob("50GB", "Disk that --embed-ahead may use, as 50GB or 800MB.")
     codec: str = knob(DEFAULT_CODEC, "How --embed-ahead holds embeddings.", choices=tuple(CODECS))
+    pool: int | None = knob(None, "With --embed-ahead: hold the mean over N x N patches, as `embed` does.", min=1)
+    max_slices: int | None = knob(None, "With --embed-ahead: slices beside the overview; 0: none.", min=0)
 
     def ahead(self, model: str, offline: bool) -> AheadConfig | None:
         """Its configuration; None for a run on a store."""
         if not self.embed_ahead:
             return None
-        return AheadConfig(model, byte_count(self.store_budget), self.codec, offline=offline)
+        budget = byte_count(self.store_budget)
+        return AheadConfig(model, budget, self.codec, self.pool, max_slices=self.max_slices, offline=offline)
 
 
 def register(app: typer.Typer) -> None:
@@ -75,7 +77,11 @@ def train(
     ] = "",
     embeddings: Annotated[
         Path | None,
-        typer.Option("--embeddings", help="Store (from `embed`) [default: that of --projector].", show_default=False),
+        typer.Option(
+            "--embeddings",
+            help="Store (from `embed`) [default: that of --projector]; text alone needs none.",
+            show_default=False,
+        ),
     ] = None,
     projector: Annotated[
         Path | None,
@@ -104,7 +110,7 @@ def train(
         result = train_stage(
             model,
             data,
-            embeddings or output / "ahead",
+            output / "ahead" if ahead is not None else embeddings,
             output,
             wanted,
             projector=projector,
@@ -149,13 +155,9 @@ def _sources(model: str, embeddings: Path | None, before: dict[str, Any], embed_
     held = before.get("store", {}).get("path")
     if embeddings is None and not embed_ahead and held:
         embeddings = Path(held)
-        if not (embeddings / MANIFEST).exists():  # moved, or filled by --embed-ahead for that run alone
-            raise RunError(
-                f"the store of the run before ({held}) is not there; give one with --embeddings, or --embed-ahead."
-            )
     if not model:
         raise RunError("give the model directory with --model.")
-    if embed_ahead == (embeddings is not None):
+    if embed_ahead and embeddings is not None:
         raise RunError("give either --embeddings STORE, or --embed-ahead to embed while training.")
     return model, embeddings
 
@@ -190,8 +192,8 @@ def _check_used(values: dict[str, Any], asked: set[str]) -> None:
         ),
         (
             not values["embed_ahead"],
-            ("codec", "store_budget"),
-            "a store has its own codec and size; expected --embed-ahead",
+            ("codec", "store_budget", "pool", "max_slices"),
+            "a store has these of its own; expected --embed-ahead",
         ),
         (added, ("grad_accumulation_steps",), "rows_per_step says how much is added up (0: leave it to the other)"),
     ):

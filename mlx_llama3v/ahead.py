@@ -35,7 +35,7 @@ from mlx_llama3v.embeddings.shard import write_atomic
 from mlx_llama3v.embeddings.store import Manifest, Store, plain
 from mlx_llama3v.embeddings.writer import Post, StoreWriter
 from mlx_llama3v.encoder import load_encoder, load_post
-from mlx_llama3v.errors import ImageError, StoreError, UserError
+from mlx_llama3v.errors import ImageError, StoreError, UserError, size
 from mlx_llama3v.vision.encode import Encoder
 from mlx_llama3v.vision.image import image_size
 from mlx_llama3v.vision.tiling import plan
@@ -94,6 +94,7 @@ class Ahead:
         width = model.hidden_size if "projector" in describe else encoder.vision.hidden_size
         if post is not None:
             layouts = {name: post.layout(layout) for name, layout in layouts.items()}
+        self._check_budget(layouts, width)
         directory.mkdir(parents=True, exist_ok=True)
         if not (resume and (directory / CHANNELS).exists()):
             _fit(directory / CHANNELS, config.codec, encoder, post, [images[name] for name in layouts])
@@ -112,6 +113,16 @@ class Ahead:
             self._check,
             self._start,
         )
+
+    def _check_budget(self, layouts: Mapping[str, SliceLayout], width: int) -> None:
+        """Raises StoreError where not even one picture fits: training would wait for each, one after the other."""
+        name = max(layouts, key=lambda name: layouts[name].patches)
+        largest = get_codec(self._config.codec).row_bytes(width) * layouts[name].patches
+        if self._config.budget < largest:
+            raise StoreError(
+                f"{name!r} takes {size(largest)}, but --store-budget is {size(self._config.budget)}; expected room for "
+                "several batches of pictures."
+            )
 
     def _start(self, turns: Iterable[tuple[int, Sequence[str]]]) -> Path:
         """Start the encoder on the reads of these turns (another one, if there was, ends).

@@ -331,12 +331,13 @@ def save_model(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write a model directory, atomically, replacing one of ours.
+    """Write a model directory, atomically, replacing one of ours that was made of the same.
 
     `weights` is consumed as a stream (names as in the directory); `files` maps further names to a file to
-    copy or a text to write; `progress` is told the bytes done so far. Raises CheckpointError (see
-    `directory.replacing`).
+    copy or a text to write; `progress` is told the bytes done so far. Raises CheckpointError where `directory` holds
+    another model (see `directory.replacing`, too).
     """
+    _check_same(Path(directory).expanduser() / "config.json", config.sources)
     with replacing(directory) as partial:
         write_shards(partial, weights, shard_bytes, progress)
         for name, content in (files or {}).items():
@@ -347,3 +348,11 @@ def save_model(
             else:
                 write_text(partial / name, content)
         write_text(partial / "config.json", json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
+
+
+def _check_same(file: Path, sources: Mapping[str, str]) -> None:
+    """Raises CheckpointError where the model there is of other sources: a run's weeks may be in it."""
+    there = read_json(file).get("sources", {}) if file.is_file() else sources
+    if there != sources:
+        made = " + ".join(dict.fromkeys(str(there[key]) for key in ("vision", "llm", "run") if key in there))
+        raise CheckpointError(f"{file.parent} holds another model ({made}); remove it, or choose another directory.")

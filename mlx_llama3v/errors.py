@@ -36,3 +36,12 @@ class RunError(UserError):
 
 class ContextError(UserError):
     """A conversation that cannot be answered: too long, an image without visual tokens, no user turn."""
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.7 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

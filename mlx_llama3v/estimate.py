@@ -23,7 +23,7 @@ from mlx_llama3v.data.hf import TableCell
 from mlx_llama3v.data.records import Problem
 from mlx_llama3v.data.sources import FilePart
 from mlx_llama3v.embeddings.codec import CODECS, get_codec
-from mlx_llama3v.errors import ImageError, StoreError
+from mlx_llama3v.errors import ImageError, StoreError, size
 from mlx_llama3v.source import Source
 from mlx_llama3v.vision.encode import Encoder
 from mlx_llama3v.vision.image import image_size
@@ -168,8 +168,8 @@ def _size(source: Source, max_pixels: int) -> Size | str:
 def volume(sizes: Mapping[Size, int], form: Form) -> Volume:
     """Count slices and bytes; no picture is touched."""
     slices = patches = rows = 0
-    for size, count in sizes.items():
-        layout = plan(*size, form.vision, form.tiling).layout
+    for picture, count in sizes.items():
+        layout = plan(*picture, form.vision, form.tiling).layout
         slices += count * len(layout.grids)
         patches += count * layout.patches
         rows += count * form.rows(layout)
@@ -277,7 +277,7 @@ def require_room(
     options = advice(found.sizes, form, codec, free)
     way = f"{options} would fit" if options else "no codec or cap on slices would fit: free some space"
     raise StoreError(
-        f"{output} would need {_gigabytes(needed)} for {found.pictures:,} pictures, its disk has {_gigabytes(free)} "
+        f"{output} would need {size(needed)} for {found.pictures:,} pictures, its disk has {size(free)} "
         f"free; {way} (--no-check-disk starts all the same)."
     )
 
@@ -286,7 +286,3 @@ def duration(volume: Volume, speed: Speed, workers: int) -> float:
     """Seconds for all: encoding and preparing overlap, the slower one counts."""
     cores = max(1, min(workers, os.cpu_count() or 1))
     return max(volume.patches * speed.encode_seconds, volume.pictures * speed.prepare_seconds / cores)
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"

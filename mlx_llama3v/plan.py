@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from mlx_llama3v.errors import RunError
+from mlx_llama3v.errors import RunError, size
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ def largest_batch(job: TrainJob, limit: int, most: int = 256) -> int:
     """
     rows = 1
     if training_memory(replace(job, rows=1)).total > _SHARE * limit:
-        need = training_memory(replace(job, rows=1)).total / 1e9
+        need = training_memory(replace(job, rows=1)).total
         raise RunError(
-            f"one row of {job.length} tokens needs about {need:.1f} GB of the {limit / 1e9:.1f} GB here; use "
+            f"one row of {job.length} tokens needs about {size(need)} of the {size(limit)} here; use "
             "--grad-checkpoint, a smaller --max-seq-length, or a model that was converted with -q."
         )
     while 2 * rows <= most and training_memory(replace(job, rows=2 * rows)).total <= _SHARE * limit:

@@ -19,6 +19,7 @@ from mlx_llama3v.data.sources import Refused
 from mlx_llama3v.embeddings.codec import DEFAULT as DEFAULT_CODEC
 from mlx_llama3v.embeddings.embed import EmbedProgress, EmbedSummary, embed_images
 from mlx_llama3v.embeddings.ranks import Ranks
+from mlx_llama3v.embeddings.rolling import NoPictures
 from mlx_llama3v.embeddings.shard import write_atomic
 from mlx_llama3v.embeddings.store import MANIFEST, Reader, Store
 from mlx_llama3v.embeddings.writer import StoreWriter
@@ -181,7 +182,7 @@ def picture_names(data: Path) -> list[str]:
 def train_stage(
     model: str | Path,
     data: Path,
-    embeddings: Path,
+    embeddings: Path | None,
     output: Path,
     config: TrainConfig,
     *,
@@ -193,7 +194,7 @@ def train_stage(
     callbacks: Callbacks | None = None,
     dry_run: bool = False,
 ) -> TrainResult:
-    """Run one stage on the records of `data`, whose pictures are in the store `embeddings`.
+    """Run one stage on the records of `data`, whose pictures are in the store `embeddings`; text alone needs none.
 
     `projector`: the run (or its projector.safetensors) whose projector to start from; stage sft needs one where the
     model's is fresh.
@@ -214,7 +215,16 @@ def train_stage(
         )
     with ExitStack() as stack:
         store: Reader
-        if ahead is None:
+        if not any(record.images for record in records.records):
+            store = NoPictures(output)
+        elif embeddings is None:
+            raise RunError(f"{data} has pictures; give --embeddings STORE, or --embed-ahead to embed while training.")
+        elif ahead is None:
+            if not (embeddings / MANIFEST).exists():  # moved since, or filled by --embed-ahead for another run alone
+                raise StoreError(
+                    f"{embeddings} is no embedding store; make it with `llama3v-mlx embed`, or give another one with "
+                    "--embeddings."
+                )
             store = Store(embeddings)
         else:
             ahead = replace(ahead, pool=ahead.pool or stored_pool(load_config(path), projector))
@@ -251,9 +261,10 @@ def _train(
 ) -> TrainResult:
     """Load the model, and train it on a store that fits it."""
     model_config = load_config(path)
-    _check_store(store, store.path, model_config, path)
-    if config.stage == "sft" and not config.tune_projector:
-        _check_pool(store, stored_pool(model_config, projector))
+    if not isinstance(store, NoPictures):
+        _check_store(store, store.path, model_config, path)
+        if config.stage == "sft" and not config.tune_projector:
+            _check_pool(store, stored_pool(model_config, projector))
     llama3v = load_model(path)
     if projector is not None:
         _take_projector(llama3v, projector)

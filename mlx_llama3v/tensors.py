@@ -108,6 +108,9 @@ def parameters(module: nn.Module) -> dict[str, mx.array]:
     return dict(tree_flatten(module.parameters()))
 
 
+_NAMED = 12  # tensors that an error names
+
+
 def mismatches(expected: Mapping[str, mx.array], found: Mapping[str, mx.array], prefix: str = "") -> list[str]:
     """What keeps `found` from being loaded as `expected`, one phrase a tensor, none where all is well.
 
@@ -126,9 +129,11 @@ def mismatches(expected: Mapping[str, mx.array], found: Mapping[str, mx.array], 
 
 
 def refuse(phrases: Iterable[str], where: Path | str) -> None:
-    """Raise one CheckpointError that names every mismatch; silent where there is none."""
-    if text := "; ".join(phrases):
-        raise CheckpointError(f"{where}: the weights do not fit the configuration: {text}.")
+    """Raise one CheckpointError that names the mismatches, the first of very many; silent where there is none."""
+    found = [*phrases]
+    if found:
+        more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        raise CheckpointError(f"{where}: the weights do not fit the configuration: {'; '.join(found[:_NAMED])}{more}.")
 
 
 def load_into(module: nn.Module, weights: Mapping[str, mx.array], where: Path | str, prefix: str = "") -> None:

@@ -197,3 +197,8 @@ def test_a_run_is_that_of_a_full_store(model: Path, data: DataSet, whole: Store,
     mine, theirs = (load_file(tmp_path / name / "projector.safetensors") for name in ("run", "full"))
     for name, value in theirs.items():
         np.testing.assert_allclose(np.array(mine[name]), np.array(value), rtol=1e-2, atol=2e-3)
+
+
+def test_a_budget_below_one_picture_is_refused(model: Path, data: DataSet, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"takes [0-9.]+ kB, but --store-budget is 1\.0 kB"):
+        Ahead(tmp_path, AheadConfig(str(model), 1000), images(data))

@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -542,3 +543,24 @@ def test_export(cli: Cli, tmp_path: Path) -> None:
     shown = " ".join(cli("export", "--help").out.split())
     for name in ("hf", "peft", "gguf", "hub"):  # an example of each
         assert f"--format {name} --" in shown
+
+
+def test_embed_ahead_takes_pool_and_slices(cli: Cli, world: World, tmp_path: Path) -> None:
+    outcome = cli(
+        "train", "--model", world.model, "--data", world.data.captions, "--embed-ahead", "--image-folder",
+        world.data.images, "--pool", 2, "--max-slices", 0, "--output", tmp_path / "run", "--batch-size", 4,
+        "--iters", 2,
+    )  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    told = json.loads((tmp_path / "run" / "config.json").read_text())["store"]
+    assert told["post"]["pool"] == 2 and told["tiling"]["max_slices"] == 0
+    refused(_train(cli, world, tmp_path / "two", "--pool", 2), "--pool would have no effect")
+
+
+def test_of_several_processes_the_first_one_speaks(world: World, tmp_path: Path) -> None:
+    for rank in (0, 1):
+        done = subprocess.run(
+            [sys.executable, "-c", "from mlx_llama3v.cli import main; main()", "store", "info", str(world.store)],
+            env={**os.environ, "MLX_RANK": str(rank)}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert bool(done.stdout) == (rank == 0), done

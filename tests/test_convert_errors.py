@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mlx_llama3v import tensors
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.tensors import INDEX
 from mlx_llama3v.weights.convert import convert
@@ -149,11 +150,11 @@ def test_settings_that_cannot_be(vision: Path, llm: Path, tmp_path: Path) -> Non
 def test_full_disk_is_foreseen(vision: Path, llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    refused("GB free", vision, llm, tmp_path / "model")
+    refused("1.0 kB free", vision, llm, tmp_path / "model")
     for name in ("model", "other"):  # left by killed conversions: one will be cleared, of the other nobody knows
         (tmp_path / f".{name}.partial").mkdir()
         (tmp_path / f".{name}.partial" / "part-00000.safetensors").write_bytes(b"x" * 1_000_000)
-    said = refused("GB free", vision, llm, tmp_path / "new")
+    said = refused("1.0 kB free", vision, llm, tmp_path / "new")
     assert ".other.partial" in said and "deleted" in said
     convert(vision, llm, tmp_path / "model")
 
@@ -192,3 +193,18 @@ def test_a_failed_conversion_leaves_the_old_directory(
     (tmp_path / ".model.partial" / "part-00000.safetensors").write_bytes(b"half")
     convert(vision, llm, model, seed=7)
     assert contents(model) != before and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_only_a_model_of_the_same_is_replaced(vision: Path, llm: Path, tmp_path: Path) -> None:
+    made = convert(vision, llm, tmp_path / "model").path
+    convert(vision, llm, made, dtype="float16")
+    before = (made / "config.json").read_bytes()
+    other = copy(llm, tmp_path / "other")
+    with pytest.raises(CheckpointError, match=rf"model holds another model \({vision.name} \+ {llm.name}\); remove it"):
+        convert(vision, other, made)
+    assert (made / "config.json").read_bytes() == before
+
+
+def test_of_very_many_tensors_the_first_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"missing t00; .*missing t11; and 8 more\.$"):
+        tensors.refuse([f"missing t{n:02}" for n in range(20)], tmp_path)

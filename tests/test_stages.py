@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from mlx_llama3v import inference
-from mlx_llama3v.checkpoint import load_model, load_run
+from mlx_llama3v.checkpoint import load_config, load_model, load_run, trained_on
 from mlx_llama3v.config import TilingConfig
 from mlx_llama3v.demo.dataset import DataSet, draw
 from mlx_llama3v.embeddings.store import Store
-from mlx_llama3v.errors import RunError, StoreError
+from mlx_llama3v.errors import DataError, RunError, StoreError
 from mlx_llama3v.stages import embed_data, train_stage
 from mlx_llama3v.tensors import load_file
 from mlx_llama3v.train.config import TrainConfig
@@ -160,3 +160,29 @@ def test_the_projectors_output_serves_that_projector_alone(
         train(model, data, tmp_path / "store", tmp_path / "b", "sft", tmp_path / "other")
     with pytest.raises(StoreError, match="projector is None there and '"):
         embed(model, data, pretrained / "store", after_projector=run)
+
+
+def test_text_alone_needs_no_store(model: Path, data: DataSet, pretrained: Path, tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "How are you?"}, {"from": "gpt", "value": "Well."}]
+    text = tmp_path / "text.json"
+    text.write_text(json.dumps([{"id": f"t{n}", "conversations": turns} for n in range(12)]))
+    config = TrainConfig(stage="sft", iters=2, batch_size=2, val_split=0.5, steps_per_eval=1)
+    result = train_stage(model, text, None, tmp_path / "run", config, projector=pretrained / "pretrain")
+    assert result.last is not None and result.evaluation is not None
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["store"] == {}
+    assert trained_on(load_config(model), tmp_path / "run") == load_config(model)
+    load_run(load_model(model), tmp_path / "run")
+    with pytest.raises(RunError, match="has pictures; give --embeddings"):
+        train_stage(model, data.conversations, None, tmp_path / "b", config, projector=pretrained / "pretrain")
+
+
+def test_no_row_is_longer_than_the_decoder_takes(model: Path, pretrained: Path, tmp_path: Path) -> None:
+    turns = [
+        {"from": "human", "value": "Say it."},
+        {"from": "gpt", "value": "seven words are in this long sentence " * 200},
+    ]
+    text = tmp_path / "text.json"
+    text.write_text(json.dumps([{"id": "long", "conversations": turns}]))
+    config = TrainConfig(stage="sft", iters=1, batch_size=1, val_split=0.0, max_seq_length=100_000)
+    with pytest.raises(DataError, match=r"more than the longest allowed \(1024\)"):
+        train_stage(model, text, None, tmp_path / "run", config, projector=pretrained / "pretrain")

@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx_llama3v.checkpoint import resolve, save_model
 from mlx_llama3v.config import ModelConfig, ProjectorConfig, TilingConfig
 from mlx_llama3v.directory import check_output, leftovers
-from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.errors import CheckpointError, size
 from mlx_llama3v.layout import named_layout
 from mlx_llama3v.model import Llama3V, quantize_layers
 from mlx_llama3v.tensors import SHARD_BYTES, mismatches, parameters, refuse
@@ -317,14 +317,12 @@ def _check_space(target: Path, total: int) -> None:
     """Stop before the disk is full, not after an hour. What was left under the same name will be cleared."""
     parent = next(path for path in target.parents if path.exists())
     left = leftovers(parent)
-    own = sum(size for path, size in left if path.name == f".{target.name}.partial")
+    own = sum(held for path, held in left if path.name == f".{target.name}.partial")
     free = shutil.disk_usage(parent).free + own
     if free < total:
-        others = [f"{path} ({size / 1e9:.1f} GB)" for path, size in left if path.name != f".{target.name}.partial"]
+        others = [f"{path} ({size(held)})" for path, held in left if path.name != f".{target.name}.partial"]
         hint = f"; {', '.join(others)} was left by a command that was killed and can be deleted" if others else ""
-        raise CheckpointError(
-            f"{parent} has {free / 1e9:.1f} GB free; the model directory needs {total / 1e9:.1f} GB{hint}."
-        )
+        raise CheckpointError(f"{parent} has {size(free)} free; the model directory needs {size(total)}{hint}.")
 
 
 def drain(weights: dict[str, mx.array]) -> Iterator[tuple[str, mx.array]]:

@@ -164,7 +164,8 @@ def _checked(records: list[Record], layout: RowLayout) -> tuple[Rows, list[Probl
         more = f" and {len(long) - 10} more" if len(long) > 10 else ""
         raise DataError(
             f"{len(long)} of {len(records)} rows have more than {layout.max_length} tokens: {first}{more}; raise "
-            "--max-seq-length, or use --long-rows drop or truncate-text."
+            "--max-seq-length (the decoder's max_position_embeddings at most), or use --long-rows drop or "
+            "truncate-text."
         )
     return Rows(kept, layout, np.array(bounds, np.int32), tuple(cut)), problems
 

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from mlx_llama3v.config import Encoded, SliceLayout
-from mlx_llama3v.embeddings.codec import get_codec, saturate, width
+from mlx_llama3v.embeddings.codec import DEFAULT, get_codec, saturate, width
 from mlx_llama3v.embeddings.form import Made, choose_form
 from mlx_llama3v.embeddings.lock import Lock
 from mlx_llama3v.embeddings.shard import Parts, Picture, Shard, write_atomic, write_shard
@@ -324,6 +324,16 @@ class RollingStore:
             del self._shards[path]
         if gone:
             self._where = {name: place for name, place in self._where.items() if turn_of(name) >= turn}
+
+
+class NoPictures(RollingStore):
+    """The store of data that is text alone."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, Manifest({}, DEFAULT, {}), 0, {}, {})
+
+    def begin(self, turn: int) -> None:
+        """Nothing is waited for."""
 
 
 def read_name(turn: int, name: str) -> str:

@@ -107,6 +107,18 @@ class Reader(Protocol):
     def begin(self, turn: int) -> None: ...
 
 
+def described(store: Reader) -> dict[str, Any]:
+    """What a run's config.json says of its store; nothing where there are no pictures."""
+    if not len(store):
+        return {}
+    return {
+        "path": str(store.path.resolve()),
+        "codec": store.codec.name,
+        "post": store.manifest.post,
+        "tiling": store.manifest.fingerprint.get("tiling"),
+    }
+
+
 class Store:
     """A store opened for reading. Headers are read once, here; pictures when they are asked for."""
 

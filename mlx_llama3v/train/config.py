@@ -52,7 +52,7 @@ class TrainConfig:
     min_learning_rate: float = _knob(0.0, "Where the cosine ends, as a share of the peak.", high=1)
     weight_decay: float = _knob(0.0, "AdamW's decoupled weight decay.")
     clip: float = _knob(1.0, "Largest global norm of the gradient; 0: unlimited.")
-    max_seq_length: int = _knob(2048, "Tokens of the longest row.", low=2)
+    max_seq_length: int = _knob(2048, "Tokens of the longest row, within what the decoder takes.", low=2)
     long_rows: str = _knob(
         "drop", "Longer rows: left out, cut behind their last picture and answer, or an error.", choices=LONG_ROWS
     )

@@ -27,7 +27,7 @@ from mlx_llama3v.data.batches import Batch
 from mlx_llama3v.data.records import Problem, Record, records_digest
 from mlx_llama3v.data.rows import Row, RowLayout, build_rows
 from mlx_llama3v.embeddings.lock import Lock
-from mlx_llama3v.embeddings.store import Reader
+from mlx_llama3v.embeddings.store import Reader, described
 from mlx_llama3v.errors import DataError, RunError
 from mlx_llama3v.lanes import Lanes, lanes
 from mlx_llama3v.model import Llama3V
@@ -125,9 +125,8 @@ class _Run:
         self.group = mx.distributed.init()
         self.first = self.group.rank() == 0
         used, held_out = hold_out(records, config.val_split)
-        layout = RowLayout(
-            store, tokens, model.config.projector_config, config.stage, config.max_seq_length, config.long_rows
-        )
+        most = min(config.max_seq_length, int(model.config.text_config["max_position_embeddings"]))
+        layout = RowLayout(store, tokens, model.config.projector_config, config.stage, most, config.long_rows)
         self.rows, problems = build_rows(used, layout)
         if not len(self.rows):
             why = f"the first: {problems[0]}" if problems else "there is none"
@@ -234,12 +233,7 @@ class _Run:
             "steps": self.feed.steps,
             "data": {"rows": len(self.rows), "held_out": held_out, "left_out": len(self.problems)},
             "trainable": {"parameters": self.trainable.count, "of": self.trainable.total},
-            "store": {
-                "path": str(self.store.path.resolve()),
-                "codec": self.store.codec.name,
-                "post": self.store.manifest.post,
-                "tiling": self.store.manifest.fingerprint.get("tiling"),
-            },
+            "store": described(self.store),
             "model": self.model.config.to_dict(),
             "machine": machine(),
         }
