@@ -115,7 +115,7 @@ def reference(
 ) -> Answered:
     """transformers' own answer; `content(visual tokens of a picture, pictures, question)` writes the user's turn."""
     import torch
-    from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast, SiglipImageProcessor
+    from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast, SiglipImageProcessorPil
 
     from tests.hf_family import ends_and_unsaid
 
@@ -123,7 +123,7 @@ def reference(
     model = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
     opened = [Image.open(path) for path in images]
-    pixels = SiglipImageProcessor.from_pretrained(directory)(opened, return_tensors="pt")["pixel_values"]
+    pixels = SiglipImageProcessorPil.from_pretrained(directory)(opened, return_tensors="pt")["pixel_values"]
     text = content("<image>" * model.config.image_seq_length, len(images), question)
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=False

@@ -102,7 +102,7 @@ def torch_features(file: Path, directory: Path, image: Path) -> np.ndarray:
     """Projected features from nothing but the mmproj file, in PyTorch's own layers."""
     import torch
     from PIL import Image
-    from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+    from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
     held = {name: torch.from_numpy(value.copy()) for name, value in values(file).items()}
     at = "clip.vision."
@@ -129,7 +129,7 @@ def torch_features(file: Path, directory: Path, image: Path) -> np.ndarray:
     tower = SiglipVisionModel(config).eval()
     missing, _ = tower.load_state_dict({k: v for k, v in state.items() if not k.startswith("mm.")}, strict=False)
     assert all("post_layernorm" in name for name in missing)
-    pixels = SiglipImageProcessor.from_pretrained(directory)(Image.open(image), return_tensors="pt")["pixel_values"]
+    pixels = SiglipImageProcessorPil.from_pretrained(directory)(Image.open(image), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         hidden = tower(pixels, output_hidden_states=True).hidden_states[-1]
         x = torch.nn.functional.linear(hidden, held["mm.0.weight"], held["mm.0.bias"])

@@ -60,7 +60,7 @@ def theirs(directory: Path, image: Path) -> tuple[np.ndarray, list[int], Any]:
     model, report = LlavaForConditionalGeneration.from_pretrained(
         directory, dtype=torch.float32, output_loading_info=True
     )
-    processor = AutoProcessor.from_pretrained(directory)
+    processor = AutoProcessor.from_pretrained(directory, backend="pil")
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(text=text, images=Image.open(image), return_tensors="pt", add_special_tokens=False)
@@ -133,7 +133,7 @@ def test_the_exported_prompt_has_one_bos_and_our_markers(image: Path, tmp_path: 
     from transformers import AutoProcessor
 
     model = own_model(tmp_path)
-    processor = AutoProcessor.from_pretrained(export_hf(model, tmp_path / "hf"))
+    processor = AutoProcessor.from_pretrained(export_hf(model, tmp_path / "hf"), backend="pil")
     shown = {"type": "image", "image": Image.open(image)}
     asked = [{"role": "user", "content": [shown, {"type": "text", "text": " hi "}]}]
     plain = [{"role": "user", "content": "hi"}]

@@ -39,7 +39,7 @@ def _theirs(images: list) -> np.ndarray:
     """transformers' own probabilities [I, T]."""
     model = transformers.SiglipModel.from_pretrained(TINY / "siglip", dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY / "siglip")
-    processor = transformers.AutoImageProcessor.from_pretrained(TINY / "siglip")
+    processor = transformers.AutoImageProcessor.from_pretrained(TINY / "siglip", backend="pil")
     ids = tokenizer(TEXTS, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         pixels = processor(images=images, return_tensors="pt")["pixel_values"]
