@@ -116,11 +116,11 @@ class Ahead:
 
     def _check_budget(self, layouts: Mapping[str, SliceLayout], width: int) -> None:
         """Raises StoreError where not even one picture fits: training would wait for each, one after the other."""
-        name = max(layouts, key=lambda name: layouts[name].patches)
-        largest = get_codec(self._config.codec).row_bytes(width) * layouts[name].patches
-        if self._config.budget < largest:
+        most = max((layout.patches for layout in layouts.values()), default=0)
+        largest, budget = get_codec(self._config.codec).row_bytes(width) * most, self._config.budget
+        if budget < largest:
             raise StoreError(
-                f"{name!r} takes {size(largest)}, but --store-budget is {size(self._config.budget)}; expected room for "
+                f"the largest picture takes {size(largest)}, but --store-budget is {size(budget)}; expected room for "
                 "several batches of pictures."
             )
 

@@ -1,11 +1,13 @@
 """What a training step will hold in memory, before it starts.
 
 What is kept is counted: the weights as they lie, what learns with its gradient and AdamW's two means in float32, the
-arrays that each block keeps for its backward pass (or its input alone, where blocks are recomputed), what the
-projector keeps. What comes and goes on top of it, in the block at work or at the head, is several times as many
-arrays as are needed at once, since MLX hands out operations, with memory for their results, well before they run:
-those factors are measured, on a CPU (benchmarks/memory.py: of 50 steps of small models 49 within 10%; one, with blocks
-recomputed, took 18% more than was reckoned). The quarter of the memory that stays free is for that, too.
+arrays that each half of a block keeps for its backward pass (or the block's input alone, where blocks are recomputed),
+what the projector keeps. It was checked array by array: a block more costs what the count says, to a few percent. What
+comes and goes on top, while one half of a block or one chunk at the head is at work, is more arrays than are needed at
+once, since MLX hands out operations, with memory for their results, before they run; these numbers are fitted to
+steps of small models on a CPU, where lanes evaluate piece by piece (benchmarks/memory.py, which also prints sizes that
+they were not fitted to). A GPU is handed more than a piece at a time: the quarter of the memory that stays free is for
+that, too.
 """
 
 from __future__ import annotations
@@ -66,31 +68,57 @@ class Memory:
         return self.weights + self.learning + self.activations + self.patches
 
 
-_STATES, _SCORES, _MIDDLE = 15.5, 3.3, (8.0, 14.0)  # arrays on top in a block; adapted layers add to the mlp's
-_LOGITS, _LOGITS_MORE, _LOGITS_MOST = 3.6, 1.25, 4  # on top at the head: of the first chunk, of each up to the 4th
+# Arrays on top: of the middle width and of states in an MLP, of scores and of states in attention. A block that is
+# recomputed goes forward and back in one piece; with adapters there is more to that.
+_MLP, _ATTENTION = (5.0, 10.7), (2.8, 11.3)
+_MLP_AGAIN, _ATTENTION_AGAIN = ((5.3, 20.9), (8.0, 25.4)), (_ATTENTION, (4.8, 13.3))
+_LOGITS = 3.4  # of a chunk at the head, in float32, and half of that more beside a 16-bit decoder
 
 
 def training_memory(job: TrainJob) -> Memory:
-    """What a step of `job` holds at its peak: in the last block's backward pass, or at the head before it."""
+    """What a step of `job` holds at its peak: at the head, or in a block's MLP or attention on the way back."""
     d = job.decoder
     tokens = job.rows * job.length * job.width
     states, middle, scores = tokens * d.hidden, tokens * d.intermediate, job.rows * d.heads * job.length**2 * job.width
-    q, kv = tokens * d.heads * d.head_dim, tokens * d.kv_heads * d.head_dim
-    # The input of both norms, queries, keys and values, probabilities; gate, its sigmoid, their product, and up.
-    block = 2 * states + q + 2 * kv + scores + 4 * middle
-    if job.adapted:  # what goes into each linear layer
-        block += 2 * states + q + middle
-    kept, others = (states, d.layers * states) if job.recompute else (block, (d.layers - 1) * block)
-    in_block = _STATES * states + _SCORES * scores + _MIDDLE[job.adapted] * middle
-    logits = 4 * job.rows * job.targets * d.vocab / job.lanes
-    chunks = min(logits, _LOGITS_MOST * job.chunk)
-    at_head = job.lanes * (_LOGITS * min(logits, job.chunk) + _LOGITS_MORE * chunks)
+    attention, mlp = _kept(job)
+    share = job.targets / job.length  # of the last block's MLP; that block is never recomputed
+    before = (d.layers - 1) * (states if job.recompute else attention + mlp)
+    logits = min(4 * job.rows * job.targets * d.vocab / job.lanes, job.chunk)
+    peaks = [
+        before + attention + share * mlp + job.lanes * (_LOGITS + 0.5 * (job.width == 2)) * logits,
+        before + attention + share * (mlp + _MLP[0] * middle + _MLP[1] * states),
+        before + attention + _ATTENTION[0] * scores + _ATTENTION[1] * states,
+    ]
+    if d.layers > 1:
+        in_mlp = _MLP_AGAIN[job.adapted] if job.recompute else _MLP
+        in_attention = _ATTENTION_AGAIN[job.adapted] if job.recompute else _ATTENTION
+        block = (d.layers - 2) * states + attention if job.recompute else before - mlp
+        peaks += [
+            block + mlp + in_mlp[0] * middle + in_mlp[1] * states,
+            block + in_attention[0] * scores + in_attention[1] * states,
+        ]
     return Memory(
         weights=job.weights,
         learning=4 * (2 + job.sums) * job.learned,
-        activations=round(max(others + in_block, d.layers * kept + at_head)) + job.rows * job.projector,
+        activations=round(max(peaks)) + job.rows * job.projector,
         patches=_PATCHES * job.rows * job.patches,
     )
+
+
+def _kept(job: TrainJob) -> tuple[int, int]:
+    """Bytes that attention and MLP of a block keep for their gradient."""
+    d = job.decoder
+    tokens = job.rows * job.length * job.width
+    states, middle = tokens * d.hidden, tokens * d.intermediate
+    q, kv = tokens * d.heads * d.head_dim, tokens * d.kv_heads * d.head_dim
+    # The norm's input; queries, keys and values before and after rotation and transposition; probabilities.
+    attention = states + q + 4 * kv + job.rows * d.heads * job.length**2 * job.width
+    mlp = states + 4 * middle  # the norm's input; gate, its sigmoid, their product, and up
+    if job.adapted:  # what goes into each linear layer
+        attention, mlp = attention + states + q, mlp + states + middle
+    if job.width == 2:  # rotated in float32
+        attention += q + kv
+    return attention, mlp
 
 
 _SHARE = 0.75  # of the memory: the rest is for the system, for what else runs, and for what is reckoned too low
