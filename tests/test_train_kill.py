@@ -29,7 +29,7 @@ def test_killed_twenty_times(tmp_path: Path) -> None:
         seconds = time.monotonic() - began
     chance, kills, writing, ended = random.Random(0), 0, 0, 0
     cut = tmp_path / "cut"
-    while kills < KILLS and ended < KILLS:
+    while kills < KILLS and ended < 3 * KILLS:
         process = start(go_on, cut, store.path)
         if kills % 2:  # while a checkpoint is being written
             until = time.monotonic() + 2 * seconds
@@ -45,6 +45,7 @@ def test_killed_twenty_times(tmp_path: Path) -> None:
         else:  # it was through: nothing was left to be killed at
             assert process.exitcode == 0 and outcome(cut) == outcome(tmp_path / "whole")
             ended += 1
+            seconds *= 0.8  # measured while the machine was busier: kill earlier
             shutil.rmtree(cut)
     process = start(go_on, cut, store.path)
     process.join(120)
