@@ -115,6 +115,16 @@ def device_name() -> str:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
+def wire_memory() -> None:
+    """On Metal keep this process's arrays resident, up to what macOS recommends, as mlx-lm does: a model that nearly
+    fills the memory is slow where the system pages parts of it out between two tokens. Before macOS 15 MLX ignores it.
+    """
+    import mlx.core as mx
+
+    if device_name() == "metal":
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+
+
 def default_dtype() -> Any:
     """float32 on CPU, where 16-bit products run at 1-2 GFLOP/s; bfloat16 on Metal and CUDA."""
     import mlx.core as mx

@@ -27,7 +27,7 @@ from mlx_llama3v.encoder import load_encoder, load_post, stored_pool
 from mlx_llama3v.errors import DataError, RunError, StoreError
 from mlx_llama3v.estimate import Estimate, Form
 from mlx_llama3v.model import Llama3V
-from mlx_llama3v.platform import machine, peak_memory
+from mlx_llama3v.platform import machine, peak_memory, wire_memory
 from mlx_llama3v.projected import projector_digest, stored_config
 from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.train.config import TrainConfig
@@ -202,6 +202,7 @@ def train_stage(
     for as `embed` does (`image_folder`). Records that cannot be read are among the result's problems. `dry_run`: see
     trainer.train. Raises UserError.
     """
+    wire_memory()
     path = resolve(model, offline=offline)
     if config.stage == "sft" and projector is None and not TRAINED & load_config(path).sources.keys():
         raise RunError("stage sft keeps the projector frozen; give a trained one with --projector RUN.")

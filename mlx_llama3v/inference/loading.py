@@ -10,6 +10,7 @@ from mlx_llama3v import checkpoint
 from mlx_llama3v.encoder import load_encoder
 from mlx_llama3v.inference.sampling import Sampling
 from mlx_llama3v.inference.session import Memory, Picture, Session
+from mlx_llama3v.platform import wire_memory
 from mlx_llama3v.tensors import read_tensors
 from mlx_llama3v.text.tokens import Tokens
 
@@ -21,6 +22,7 @@ def load(
 
     Raises CheckpointError for a directory that is missing, incomplete or not made by `convert`.
     """
+    wire_memory()
     path = checkpoint.resolve(model)
     config = checkpoint.load_config(path)
     tokens = Tokens.load(path, config.marker_ids, config.eos_token_ids, config.prompt_layout)
