@@ -18,8 +18,8 @@ import os
 import struct
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -81,49 +81,58 @@ class Shard:
 
         Raises StoreError naming the file where it is gone or was cut short.
         """
-        with self.opened() as descriptor:
-            return self.read_from(descriptor, i, np.empty(self.size(i), np.uint8))
+        return self.read_from(OpenFile(self.path), i, np.empty(self.size(i), np.uint8))
 
     def size(self, i: int) -> int:
         """Bytes that `read_from` needs for picture i: its parts, each at a multiple of 8."""
         return sum(_aligned(int(self.index.patches[i]) * part.row_bytes) for part in self.parts.values())
 
-    def read_from(self, descriptor: int, i: int, buffer: np.ndarray) -> dict[str, np.ndarray]:
-        """As `read`, from a file that is open, into `buffer` (uint8 [size(i)]), of which the parts are views."""
+    def read_from(self, file: OpenFile, i: int, buffer: np.ndarray) -> dict[str, np.ndarray]:
+        """As `read`, from this shard's file, into `buffer` (uint8 [size(i)]), of which the parts are views."""
         start, rows = int(self.index.starts[i]), int(self.index.patches[i])
         found, at = {}, 0
         for name, part in self.parts.items():
             count = rows * part.row_bytes
-            self._fill(descriptor, part.offset + start * part.row_bytes, buffer[at : at + count])
+            self._fill(file.descriptor, part.offset + start * part.row_bytes, buffer[at : at + count])
             found[name] = buffer[at : at + count].view(part.dtype).reshape(rows, *part.shape[1:])
             at += _aligned(count)
         return found
 
-    @contextmanager
-    def opened(self) -> Iterator[int]:
-        """A file descriptor for `read_from` and `advise`. Raises StoreError naming the file."""
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY)
-            try:
-                yield descriptor
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise StoreError(f"{self.path} cannot be read: {error.strerror or error}.") from error
-
-    def advise(self, descriptor: int, i: int) -> None:
+    def advise(self, file: OpenFile, i: int) -> None:
         """Tell the system that picture i is read next: its disk then works on many pictures at once."""
         start, rows = int(self.index.starts[i]), int(self.index.patches[i])
         for part in self.parts.values():
-            _advise(descriptor, part.offset + start * part.row_bytes, rows * part.row_bytes)
+            _advise(file.descriptor, part.offset + start * part.row_bytes, rows * part.row_bytes)
 
     def _fill(self, descriptor: int, offset: int, target: np.ndarray) -> None:
         left = _view(target)
         while left:
-            count = os.preadv(descriptor, [left], offset)
+            try:
+                count = os.preadv(descriptor, [left], offset)
+            except OSError as error:
+                raise _unreadable(self.path, error) from error
             if not count:
                 raise damaged(self.path, f"it ends {len(left)} bytes into a picture")
             left, offset = left[count:], offset + count
+
+
+class OpenFile:
+    """A file that is open as long as somebody holds this. Raises StoreError naming it."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+def _unreadable(path: Path, error: OSError) -> StoreError:
+    """For a file that the system does not give."""
+    return StoreError(f"{path} cannot be read: {error.strerror or error}.")
 
 
 def _aligned(count: int) -> int:

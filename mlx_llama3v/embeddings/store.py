@@ -12,8 +12,8 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -22,11 +22,12 @@ import numpy as np
 from mlx_llama3v.config import Encoded, SliceLayout
 from mlx_llama3v.embeddings.codec import Codec, Parts, get_codec, misfit, saturate, width
 from mlx_llama3v.embeddings.index import Index, distinct_layouts
-from mlx_llama3v.embeddings.shard import SCHEMA, Shard, damaged, read_shard, write_atomic
+from mlx_llama3v.embeddings.shard import SCHEMA, OpenFile, Shard, damaged, read_shard, write_atomic
 from mlx_llama3v.errors import StoreError
 
 MANIFEST = "manifest.json"
 FAILURES = "failures.jsonl"
+_PLACES, _FILES = 4096, 128  # remembered, held open
 SHARD = re.compile(r"shard-(\d{5,})\.safetensors")
 
 
@@ -138,6 +139,8 @@ class Store:
         self.codec = get_codec(self.manifest.codec)
         self.shards = tuple(open_shard(file, self.manifest) for _, file in shard_files(self.path))
         self.index = Index(shard.index for shard in self.shards)
+        self._place = lru_cache(_PLACES)(self.index.find_name)  # what is announced is read a moment later
+        self._file = lru_cache(_FILES)(OpenFile)  # a batch comes from many shards
         self.failures = read_failures(self.path)
 
     @property
@@ -189,23 +192,18 @@ class Store:
         found = [self._find(name) for name in names]
         ends = np.cumsum([0, *(shard.size(i) for shard, i in found)])
         buffer = np.empty(ends[-1], np.uint8)
-        with ExitStack() as files:
-            opened = {path: files.enter_context(shard.opened()) for path, shard in _distinct(found).items()}
-            return [
-                Coded(shard.index.layout(i), shard.read_from(opened[shard.path], i, buffer[start:end]) | shard.channels)
-                for (shard, i), start, end in zip(found, ends[:-1].tolist(), ends[1:].tolist(), strict=True)
-            ]
+        return [
+            Coded(shard.index.layout(i), shard.read_from(self._file(shard.path), i, buffer[start:end]) | shard.channels)
+            for (shard, i), start, end in zip(found, ends[:-1].tolist(), ends[1:].tolist(), strict=True)
+        ]
 
     def announce(self, names: Iterable[str]) -> None:
         """Tell the system which pictures are read next, so that its disk works on many at once. Returns at once.
 
         On a cold disk that doubles the rate of one read after the other (benchmarks/store.py). Raises as `read` does.
         """
-        found = [self._find(name) for name in names]
-        with ExitStack() as files:
-            opened = {path: files.enter_context(shard.opened()) for path, shard in _distinct(found).items()}
-            for shard, i in found:
-                shard.advise(opened[shard.path], i)
+        for shard, i in [self._find(name) for name in names]:
+            shard.advise(self._file(shard.path), i)
 
     def expect(self, turns: Iterable[tuple[int, Sequence[str]]]) -> None:
         """Told what will be read, batch by batch. Nothing to do: all is here (see rolling.py)."""
@@ -239,17 +237,12 @@ class Store:
         }
 
     def _find(self, name: str) -> tuple[Shard, int]:
-        position = self.index.find_name(name)
+        position = self._place(name)
         if position is None:
             reason = f" ({self.failures[name]})" if name in self.failures else ""
             raise StoreError(f"{self.path} has no embedding of {name!r}{reason}; run `embed` on its data first.")
         number, i = self.index.locate(position)
         return self.shards[number], i
-
-
-def _distinct(found: Iterable[tuple[Shard, int]]) -> dict[Path, Shard]:
-    """The shards of those pictures, by file: each is opened once."""
-    return {shard.path: shard for shard, _ in found}
 
 
 def shard_files(path: Path) -> list[tuple[int, Path]]:
