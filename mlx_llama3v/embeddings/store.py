@@ -27,7 +27,7 @@ from mlx_llama3v.errors import StoreError
 
 MANIFEST = "manifest.json"
 FAILURES = "failures.jsonl"
-_PLACES, _FILES = 4096, 128  # remembered, held open
+_PLACES, _FILES = 4096, 64  # remembered, held open; macOS lets a process have 256 files
 SHARD = re.compile(r"shard-(\d{5,})\.safetensors")
 
 
