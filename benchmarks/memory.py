@@ -81,16 +81,9 @@ LLAMA3_8B = Decoder(4096, 32, 14336, 32, 8, 128, 128256)
 MACS = (16, 24, 36, 64)  # GB
 
 
-def measure(
-    size: tuple[int, ...], stage: str, recompute: bool, form: str = "float32", begins: float = 0.5
-) -> tuple[int, TrainJob]:
-    """Peak bytes of a step, and the job as the formula takes it. Rows of text, whose answer `begins` at a share of it.
-
-    `form`: the decoder's weights: float32, bfloat16, or 4-bit (with float32 activations).
-    """
-    gc.collect()  # models are cyclic: those of other measurements would count
-    mx.clear_cache()
-    hidden, layers, intermediate, vocab, rows, length = size
+def made(size: tuple[int, ...], form: str) -> Llama3V:
+    """A random model; `form`: the decoder's weights: float32, bfloat16, or 4-bit (with float32 activations)."""
+    hidden, layers, intermediate, vocab, _, _ = size
     llama = {
         "hidden_size": hidden,
         "intermediate_size": intermediate,
@@ -106,6 +99,16 @@ def measure(
         quantize_decoder(model)
     elif form == "bfloat16":
         model.set_dtype(mx.bfloat16)
+    return model
+
+
+def measure(
+    size: tuple[int, ...], stage: str, recompute: bool, form: str = "float32", begins: float = 0.5
+) -> tuple[int, TrainJob]:
+    """Peak bytes of a step, and the job as the formula takes it; rows of text, whose answer `begins` at that share."""
+    gc.collect()  # models are cyclic: those of other measurements would count
+    mx.clear_cache()
+    model, (vocab, rows, length) = made(size, form), size[3:]
     config = TrainConfig(stage=stage, batch_size=rows, lanes=1, grad_checkpoint=recompute).resolved()
     learns = prepare(model, config)
     optimizer = adamw(0.0)
