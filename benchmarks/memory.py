@@ -108,6 +108,7 @@ def measure(
     """Peak bytes of a step, and the job as the formula takes it; rows of text, whose answer `begins` at that share."""
     gc.collect()  # models are cyclic: those of other measurements would count
     mx.clear_cache()
+    others = mx.get_active_memory()  # what else this process holds
     model, (vocab, rows, length) = made(size, form), size[3:]
     config = TrainConfig(stage=stage, batch_size=rows, lanes=1, grad_checkpoint=recompute).resolved()
     learns = prepare(model, config)
@@ -144,7 +145,7 @@ def measure(
         step.update(gradients, count, norm, 1e-4)
         mx.eval(model.state, optimizer.state)
         del loss, count, norm, gradients
-        peak = max(peak, mx.get_peak_memory())
+        peak = max(peak, mx.get_peak_memory() - others)
     return peak, training_job(model, config, length, targets=int(supervised.sum()) // rows, learned=learns.count)
 
 
