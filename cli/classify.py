@@ -26,7 +26,8 @@ def classify(
 
     Example: `llama3v-mlx classify --model google/siglip-base-patch16-224 --image cat.jpg --text "a cat" --text "a dog"`
     """
-    from mlx_llama3v.checkpoint import load_siglip, resolve
+    from mlx_llama3v.checkpoint import load_siglip
+    from mlx_llama3v.hub import resolve
     from mlx_llama3v.score import probabilities
 
     siglip = load_siglip(resolve(model, offline=offline))

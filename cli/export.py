@@ -73,7 +73,7 @@ def export(
 
     `llama3v-mlx export --model model --run runs/sft --format hub --repo me/my-model --output upload --dry-run`
     """
-    from mlx_llama3v.checkpoint import resolve
+    from mlx_llama3v.hub import resolve
     from mlx_llama3v.weights.hub import export_hub
 
     for name, formats in ONLY.items():

@@ -29,7 +29,7 @@ def fuse(
 
     Example: `llama3v-mlx fuse --model my-model --run runs/sft --output my-tuned-model`
     """
-    from mlx_llama3v.checkpoint import resolve
+    from mlx_llama3v.hub import resolve
     from mlx_llama3v.weights.fuse import fuse as merge
 
     written = merge(resolve(model, offline=offline), run, output)

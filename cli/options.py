@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from mlx_llama3v.checkpoint import resolve
 from mlx_llama3v.config import TilingConfig
 from mlx_llama3v.errors import RunError
+from mlx_llama3v.hub import resolve
 from mlx_llama3v.inference import Memory, Session, load
 
 Model = Annotated[str, typer.Option("--model", help="Model directory (from `convert`) or Hub id.", show_default=False)]

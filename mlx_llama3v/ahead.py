@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load, save
 
-from mlx_llama3v.checkpoint import load_config, resolve
+from mlx_llama3v.checkpoint import load_config
 from mlx_llama3v.config import SliceLayout
 from mlx_llama3v.embeddings.codec import DEFAULT as DEFAULT_CODEC
 from mlx_llama3v.embeddings.codec import get_codec
@@ -36,6 +36,7 @@ from mlx_llama3v.embeddings.store import Manifest, Store, plain
 from mlx_llama3v.embeddings.writer import Post, StoreWriter
 from mlx_llama3v.encoder import load_encoder, load_post
 from mlx_llama3v.errors import ImageError, StoreError, UserError, size
+from mlx_llama3v.hub import resolve
 from mlx_llama3v.vision.encode import Encoder
 from mlx_llama3v.vision.image import image_size
 from mlx_llama3v.vision.tiling import plan

@@ -7,8 +7,6 @@ builds a directory beside its place and renames it: an interrupted command leave
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -20,8 +18,9 @@ import mlx.nn as nn
 
 from mlx_llama3v.compat import linear_to_lora_layers
 from mlx_llama3v.config import ImageConfig, ModelConfig, SiglipTextConfig, VisionConfig, known
-from mlx_llama3v.directory import LEGAL_FILES, TOKENIZER_FILES, replacing
+from mlx_llama3v.directory import replacing
 from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.hub import resolve
 from mlx_llama3v.model import Llama3V, quantize_layers
 from mlx_llama3v.platform import device_name
 from mlx_llama3v.projector import Projector
@@ -50,48 +49,12 @@ __all__ = [
     "load_siglip",
     "load_tower",
     "read_model",
-    "resolve",
     "save_model",
     "save_safetensors_atomic",
 ]
 
-_ELSEWHERE = ["original/*", "onnx/*", "openvino/*", "gguf/*", "checkpoint*/*", "runs/*"]
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
 # Names in a model directory <-> names of transformers' SiglipModel, which vision/siglip.py keeps.
 SIGLIP_NAMES = {"vision_model.": "vision_tower.", "text_model.": "text_tower.", "logit_": "logit_"}
-
-
-def resolve(path_or_repo: str | Path, offline: bool = False) -> Path:
-    """The directory of a checkpoint: an existing local path wins, else the Hub's cache, else the Hub.
-
-    `offline` or HF_HUB_OFFLINE=1 never touches the network. Only safetensors, JSON, tokenizer and licence
-    files and the README are fetched. Raises CheckpointError.
-    """
-    path, name = Path(path_or_repo).expanduser(), str(path_or_repo)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"{path} is a file; expected a checkpoint directory or a Hub id (owner/name).")
-    if not _REPOSITORY.fullmatch(name):
-        raise CheckpointError(f"{name} is neither an existing directory nor a Hub id (owner/name).")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    wanted = ["*.safetensors", "*.json", "*.model", "README.md", *TOKENIZER_FILES, *LEGAL_FILES]
-    try:
-        found = snapshot_download(name, allow_patterns=wanted, ignore_patterns=_ELSEWHERE, local_files_only=offline)
-    except LocalEntryNotFoundError as error:
-        why = "offline mode is on" if offline else "the Hub cannot be reached"
-        raise CheckpointError(f"{name} is not a directory, not in the Hub's cache, and {why}.") from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointError(f"{name} is not a directory and cannot be fetched: {_first_line(error)}") from error
-    return Path(found)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def load_config(directory: str | Path) -> ModelConfig:

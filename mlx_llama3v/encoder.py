@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlx_llama3v.checkpoint import load_config, load_projector, load_tower, resolve, trained_on
+from mlx_llama3v.checkpoint import load_config, load_projector, load_tower, trained_on
 from mlx_llama3v.config import ModelConfig, TilingConfig
 from mlx_llama3v.embeddings.writer import Post
+from mlx_llama3v.hub import resolve
 from mlx_llama3v.projected import Projected
 from mlx_llama3v.vision.encode import Encoder
 from mlx_llama3v.vision.families import make_encoder

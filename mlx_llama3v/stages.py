@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_llama3v import estimate
 from mlx_llama3v.ahead import Ahead, AheadConfig
-from mlx_llama3v.checkpoint import load_config, load_model, load_projector, load_run, resolve
+from mlx_llama3v.checkpoint import load_config, load_model, load_projector, load_run
 from mlx_llama3v.config import ModelConfig
 from mlx_llama3v.data.dataset import DataSet, read_data
 from mlx_llama3v.data.records import Problem, Record
@@ -26,6 +26,7 @@ from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.encoder import load_encoder, load_post, stored_pool
 from mlx_llama3v.errors import DataError, RunError, StoreError
 from mlx_llama3v.estimate import Estimate, Form
+from mlx_llama3v.hub import resolve
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.platform import machine, peak_memory, wire_memory
 from mlx_llama3v.projected import projector_digest, stored_config

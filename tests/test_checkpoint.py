@@ -23,7 +23,6 @@ from mlx_llama3v.checkpoint import (
     load_model,
     load_siglip,
     load_tower,
-    resolve,
     save_model,
     save_safetensors_atomic,
 )
@@ -68,60 +67,6 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model_dir(vision: Path, llm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return convert(vision, llm, tmp_path_factory.mktemp("out") / "model").path
-
-
-# -- where a checkpoint is
-
-
-def test_an_existing_directory_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "owner" / "name").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    assert resolve("owner/name") == Path("owner/name")
-    assert resolve(tmp_path) == tmp_path
-
-
-@pytest.mark.parametrize(("flag", "variable"), [(True, ""), (False, "1"), (False, "true")])
-def test_offline_never_asks_the_hub(flag: bool, variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import huggingface_hub
-
-    asked: list[dict[str, Any]] = []
-
-    def snapshot_download(repo: str, **options: Any) -> str:
-        asked.append({"repo": repo, **options})
-        raise huggingface_hub.errors.LocalEntryNotFoundError("not cached")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.setenv("HF_HUB_OFFLINE", variable)
-    with pytest.raises(CheckpointError, match="offline mode is on"):
-        resolve("owner/name", offline=flag)
-    assert asked[0]["local_files_only"] is True
-    patterns = asked[0]["allow_patterns"]
-    assert "*.safetensors" in patterns and not [p for p in patterns if p.endswith((".bin", ".pth", ".py"))]
-
-
-def test_the_hubs_answer_and_its_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import huggingface_hub
-
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **options: str(tmp_path))
-    assert resolve("owner/name") == tmp_path
-
-    def fail(repo: str, **options: Any) -> str:
-        assert options["local_files_only"] is False
-        raise OSError("no route to host\nand a page of details")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(CheckpointError, match=r"cannot be fetched: no route to host$"):
-        resolve("owner/name")
-
-
-def test_what_cannot_be_a_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="is a file"):
-        resolve(tmp_path / "file")
-    for name in ("./models/absent", "absent", "a/b/c", str(tmp_path / "absent")):
-        with pytest.raises(CheckpointError, match="neither an existing directory nor a Hub id"):
-            resolve(name)
 
 
 # -- loading

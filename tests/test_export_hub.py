@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from mlx_llama3v.checkpoint import load_config, load_model
 from mlx_llama3v.cli.app import build
 from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.tensors import read_tensors
 from mlx_llama3v.weights.convert import convert
 from mlx_llama3v.weights.hub import export_hub
 from mlx_llama3v.weights.licences import licence_of
@@ -115,10 +117,22 @@ def test_what_cannot_be_uploaded_is_one_sentence(
         raise LocalTokenNotFoundError("Token is required, but no token found.\nTo login, ...")
 
     monkeypatch.setattr(FakeApi, "create_repo", refuse)
-    with pytest.raises(CheckpointError, match=r"Token is required.*written to"):
+    with pytest.raises(CheckpointError, match=r"Token is required.*so `hf upload me/m \S+/out \.` goes on"):
         export_hub(model, tmp_path / "out", repo="me/m")
     with pytest.raises(CheckpointError, match="new or empty"):
         export_hub(model, tmp_path / "out", repo="me/m")
+
+
+def test_a_model_in_the_hubs_cache_is_links(model: Path, tmp_path: Path) -> None:
+    """The cache keeps blobs, and a snapshot of relative links to them: those end where they are moved."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "sha"
+    shutil.copytree(model, blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(Path("../..") / "blobs" / path.name)
+    out = export_hub(snapshot, tmp_path / "out", repo="me/m", dry_run=True)
+    assert not any(path.is_symlink() for path in out.rglob("*"))
+    assert read_tensors(out).keys() == read_tensors(model).keys()
 
 
 def test_licences_are_read_and_known(tmp_path: Path) -> None:

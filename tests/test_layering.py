@@ -16,6 +16,7 @@ PACKAGE = "mlx_llama3v"
 ORDER = (
     ("errors", "version", "knob", "platform", "layout", "source", "config", "lanes", "kernels"),
     ("tensors", "directory"),
+    ("hub",),
     ("vision", "text"),
     ("embeddings",),
     ("compat",),

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_llama3v.checkpoint import resolve, save_model
+from mlx_llama3v.checkpoint import save_model
 from mlx_llama3v.config import ModelConfig, ProjectorConfig, TilingConfig
 from mlx_llama3v.directory import check_output, leftovers
 from mlx_llama3v.errors import CheckpointError, size
+from mlx_llama3v.hub import resolve
 from mlx_llama3v.layout import named_layout
 from mlx_llama3v.model import Llama3V, quantize_layers
 from mlx_llama3v.tensors import SHARD_BYTES, mismatches, parameters, refuse

@@ -17,10 +17,11 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from mlx_llama3v.checkpoint import load_run, read_model, resolve
+from mlx_llama3v.checkpoint import load_run, read_model
 from mlx_llama3v.config import ModelConfig, TilingConfig
 from mlx_llama3v.directory import LEGAL_FILES, TOKENIZER_FILES, write_directory
 from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.hub import resolve
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.tensors import (
     SHARD_BYTES,

@@ -9,9 +9,10 @@ from pathlib import Path
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_llama3v.checkpoint import load_run, read_model, resolve, save_model, trained_on
+from mlx_llama3v.checkpoint import load_run, read_model, save_model, trained_on
 from mlx_llama3v.config import ModelConfig
 from mlx_llama3v.directory import check_output
+from mlx_llama3v.hub import resolve
 from mlx_llama3v.tensors import SHARD_BYTES, parameters, read_tensors
 from mlx_llama3v.weights.card import RunFacts, model_card
 from mlx_llama3v.weights.convert import drain

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
+import shlex
 import shutil
 from pathlib import Path
 
-from mlx_llama3v.checkpoint import load_config, resolve
+from mlx_llama3v.checkpoint import load_config
 from mlx_llama3v.directory import write_directory
 from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.hub import is_repository, reaching, resolve
 from mlx_llama3v.tensors import read_tensors, write_text
 from mlx_llama3v.version import __version__
 from mlx_llama3v.weights.card import RunFacts, model_card
 from mlx_llama3v.weights.fuse import fuse
 from mlx_llama3v.weights.quantize import measure
-
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def export_hub(
@@ -33,7 +32,7 @@ def export_hub(
     The card names base models, recipe, metrics and licences. `dry_run` writes and does not upload. Returns the absolute
     path of the directory, which stays. Raises CheckpointError, also where the Hub refuses.
     """
-    if not _REPOSITORY.fullmatch(repo):
+    if not is_repository(repo):
         raise CheckpointError(f"repository is {repo!r}; expected owner/name.")
     source, target = resolve(model_dir).resolve(), Path(out_dir).expanduser().resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -57,19 +56,20 @@ def export_hub(
 def _link(source: str, target: str) -> None:
     """The same file under a second name where the disk can do that, else a copy."""
     try:
-        os.link(source, target)
+        os.link(os.path.realpath(source), target)  # the Hub's cache holds links, which end where they are moved
     except OSError:
         shutil.copy2(source, target)
 
 
 def _upload(folder: Path, repo: str, private: bool) -> None:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-    api = HfApi(library_name="mlx-llama3v", library_version=__version__)
-    try:
+    api, again = HfApi(library_name="mlx-llama3v", library_version=__version__), "--private " if private else ""
+
+    def sentence(why: str) -> str:
+        hint = f"all is written, so `hf upload {again}{repo} {shlex.quote(str(folder))} .` goes on from here."
+        return f"{repo} could not be uploaded ({why.removesuffix('.')}); {hint}"
+
+    with reaching(repo, sentence):
         api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Upload by mlx-llama3v {__version__}")
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CheckpointError(f"{repo} could not be uploaded ({why}); all is written to {folder}.") from error

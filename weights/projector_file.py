@@ -12,8 +12,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_llama3v.checkpoint import resolve
 from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.hub import resolve
 from mlx_llama3v.tensors import PICKLES, load_file, pickle_refusal
 
 FRESH = ("attention", "linear", "mlp")  # kinds of projectors that `convert` makes

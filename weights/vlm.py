@@ -12,10 +12,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_llama3v.checkpoint import resolve
 from mlx_llama3v.config import ModelConfig, stop_ids
 from mlx_llama3v.directory import LEGAL_FILES, TOKENIZER_FILES, check_output
 from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.hub import resolve
 from mlx_llama3v.layout import named_layout
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.tensors import SHARD_BYTES, mismatches, read_json, refuse
