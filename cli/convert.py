@@ -35,7 +35,9 @@ class Making:
         choices=("uhd", "squash"),
     )
     dtype: str | None = knob(
-        None, "float32, float16 or bfloat16; default: as stored, with -q 16 bit for tower and trained projector."
+        None,
+        "float32, float16 or bfloat16; default: as stored, but 16 bit at most for tower and trained projector "
+        "beside a decoder of 16 bit or fewer.",
     )
     seed: int = knob(0, "Seed of the fresh projector.")
     prompt_layout: str | None = knob(None, "Of a trained model: another prompt than the checkpoint's.")
@@ -164,7 +166,8 @@ def _finished(
 
 def print_plan(found: Plan) -> None:
     """Family, every rename, what is left over or missing, and sizes."""
-    show.table("tensors", ["theirs", "ours"], [[a, b] for a, b in found.renamed.names.items()])
+    for theirs, ours in found.renamed.names.items():
+        show.out.print(f"{theirs} -> {ours}")
     for title, names in (
         ("not used", found.renamed.skipped),
         ("left over", found.renamed.unknown),

@@ -77,7 +77,7 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table on stdout; the first column is text, the others are numbers."""
     made = Table(title=title, title_justify="left")
     for index, name in enumerate(columns):
-        made.add_column(name, justify="left" if index == 0 else "right")
+        made.add_column(name, justify="left" if index == 0 else "right", overflow="fold")  # no name is cut
     for row in rows:
         made.add_row(*row)
     out.print(made)

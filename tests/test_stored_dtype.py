@@ -86,6 +86,21 @@ def test_as_stored_or_as_asked(
         assert found.bytes_after == sum(report.bytes.values()) == held
 
 
+def test_a_float32_tower_beside_a_narrow_decoder(tmp_path: Path) -> None:
+    """As Google's SigLIPs and Meta's Llamas are released; and beside a Llama that mlx-lm quantized."""
+    vision, llm = make_siglip(tmp_path / "v"), cast(make_llama(tmp_path / "l"), mx.bfloat16)
+    for dtype, expected in ((None, mx.bfloat16), ("float32", mx.float32)):
+        report = convert(vision, llm, tmp_path / f"m-{dtype}", dtype=dtype)
+        assert dtypes(report.path, "vision_tower.") == dtypes(report.path, "text_tower.") == {expected}
+        found = plan(open_parts(vision, llm, Storage(dtype=dtype)))
+        assert found.bytes_after == sum(report.bytes.values())
+    assert dtypes(convert(vision, make_llama(tmp_path / "w"), tmp_path / "wide").path, "vision_tower.") == {mx.float32}
+    exported = export_hf(
+        convert(vision, llm, tmp_path / "e", projector="linear", dtype="float32").path, tmp_path / "hf", squash=True
+    )
+    assert dtypes(convert_vlm(exported, tmp_path / "again").path, "vision_tower.") == {mx.float32}
+
+
 def test_sixteen_bits_answer_as_the_same_values_in_float32(half: Path, tmp_path: Path) -> None:
     """On disk half as much; loaded, the parameters are float32 and the logits those of a projector kept in float32."""
     widened = cast(copy(half, tmp_path / "widened"), mx.float32)

@@ -33,26 +33,30 @@ class Storage:
         """The quantization of such a decoder as config.json has it; None where there is none."""
         return self.quantize.setting(text_config["num_hidden_layers"]) if self.quantize else None
 
-    def cast(self, value: mx.array) -> mx.array:
-        """A tensor that is not quantized: 16 bit beside what is, where it comes in 32."""
+    def cast(self, value: mx.array, narrow: bool) -> mx.array:
+        """A tensor that is not quantized, as asked for; where nothing was and it is `narrow`, in 16 bit."""
         if self.dtype is not None:
             return value.astype(parse_dtype(self.dtype))
-        return value.astype(mx.bfloat16) if self.quantize and value.dtype == mx.float32 else value
+        return value.astype(mx.bfloat16) if narrow and value.dtype == mx.float32 else value
 
 
 def stored(
-    model: Llama3V, tower: Mapping[str, mx.array], storage: Storage, *, trained: bool
+    model: Llama3V, tower: Mapping[str, mx.array], storage: Storage, *, trained: bool, kept: bool = False
 ) -> tuple[dict[str, mx.array], tuple[LayerReport, ...]]:
     """All tensors of a model directory, lazy, and the quantization of each layer; `model` is changed in place.
 
-    `tower` holds vision_tower.*, text_tower.* and logit_*. A projector that is not `trained` is float32 always: it is
+    `tower` holds vision_tower.*, text_tower.* and logit_*. Beside a decoder of 16 bit or fewer it has no more either
+    (SigLIP is released in float32), nor has a projector that was `trained`, unless the source was `kept`: a model of
+    ours that was exported, which comes back as it was. A projector that is not `trained` is float32 always: it is
     nothing but where training starts, and one seed gives one start, whatever the precision of the directory around it.
     Loading makes float32 of any (see `load_model`), and what a run learned stays so (see `load_run`).
     """
     # logit_scale and logit_bias are two numbers; rounding them would buy nothing.
-    tower = {name: v if name.startswith("logit_") else storage.cast(v) for name, v in tower.items()}
+    decoder = model.language_model.model.embed_tokens.weight.dtype  # the largest tensor; packed where it is quantized
+    narrow = storage.quantize is not None or (not kept and decoder != mx.float32)
+    tower = {name: v if name.startswith("logit_") else storage.cast(v, narrow) for name, v in tower.items()}
     if trained:
-        model.projector.update(tree_map(storage.cast, model.projector.parameters()))
+        model.projector.update(tree_map(lambda value: storage.cast(value, narrow), model.projector.parameters()))
     if storage.dtype is not None:
         model.language_model.set_dtype(parse_dtype(storage.dtype))
     layers: tuple[LayerReport, ...] = ()

@@ -194,4 +194,4 @@ def _finish(found: Finished, weights: dict[str, mx.array]) -> tuple[dict[str, mx
     tower = {name: v for name, v in weights.items() if not name.startswith(("projector.", "language_model."))}
     model = Llama3V(found.config)
     model.load_weights([(name, v) for name, v in weights.items() if name not in tower])
-    return stored(model, tower, found.storage, trained=True)
+    return stored(model, tower, found.storage, trained=True, kept=kept_config(found.source.directory) is not None)
