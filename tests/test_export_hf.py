@@ -195,3 +195,13 @@ def test_a_pooled_model_is_refused(tmp_path: Path) -> None:
     config = replace(load_config(own_model(tmp_path)), patch_pool=2)
     with pytest.raises(CheckpointError, match="2 x 2"):
         check_llava(config, tmp_path)
+
+
+def test_an_export_holds_one_shard_at_a_time(tmp_path: Path) -> None:
+    model = own_model(tmp_path, hidden=256, layers=8)
+    total = sum(value.nbytes for value in read_tensors(model).values())
+    mx.clear_cache()
+    held = mx.get_active_memory()
+    mx.reset_peak_memory()
+    export_hf(model, tmp_path / "hf", shard_bytes=1 << 20)
+    assert mx.get_peak_memory() - held < total / 4

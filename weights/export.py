@@ -34,7 +34,7 @@ from mlx_llama3v.tensors import (
     write_text,
 )
 from mlx_llama3v.text.tokens import Tokens, load_tokenizer, reserved_ids
-from mlx_llama3v.weights.convert import matching
+from mlx_llama3v.weights.convert import drain, matching
 from mlx_llama3v.weights.fuse import merge, with_run
 from mlx_llama3v.weights.hf_files import chat_template, llava_config, processor_files
 
@@ -77,10 +77,10 @@ def export_hf(
     tokens = Tokens.load(source, config.marker_ids, config.eos_token_ids, config.prompt_layout)
     image_id = image_token(source, config)
     image = tokens.decode([image_id], special=True)
-    ours = {**read_tensors(source, TOWERS), **parameters(model)}
-    theirs, kept = split(ours, config)
+    theirs, kept = split({**read_tensors(source, TOWERS), **parameters(model)}, config)
+    del model  # or a tensor's memory would not be free once it is written
     tie = "language_model.lm_head.weight" not in theirs
-    dtype = str(ours[_EMBEDDING].dtype).removeprefix("mlx.core.")
+    dtype = str(theirs[_EMBEDDING].dtype).removeprefix("mlx.core.")
     act = "gelu" if config.projector_config.kind == "mlp" else "linear"
     texts = {
         "config.json": json.dumps(llava_config(config, image_id, dtype=dtype, tie=tie, act=act), indent=2) + "\n",
@@ -94,7 +94,7 @@ def export_hf(
     texts["tokenizer_config.json"] = json.dumps({**tokenizer, "processor_class": "LlavaProcessor"}, indent=2) + "\n"
     copies = dict(matching(source, (*TOKENIZER_FILES, *LEGAL_FILES)))
     with write_directory(out_dir) as partial:
-        write_shards(partial, sorted(theirs.items()), shard_bytes)
+        write_shards(partial, drain(theirs), shard_bytes)
         (partial / KEPT).mkdir()
         if (source / "siglip").is_dir():
             copytree(source / "siglip", partial / KEPT / "siglip")
