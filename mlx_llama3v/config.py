@@ -229,10 +229,13 @@ def llama_config(values: Mapping[str, Any]) -> dict[str, Any]:
     rope = dict(values.get("rope_parameters") or {})
     theta = rope.pop("rope_theta", None) or values.get("rope_theta") or 10000.0
     scaling = values.get("rope_scaling") or ({} if rope.get("rope_type", "default") == "default" else rope)
+    if scaling and not isinstance(scaling, Mapping):
+        raise CheckpointError(f"the language model's rope_scaling is {scaling!r}; expected an object.")
     scaling = dict(scaling) if scaling else None
     if scaling is not None:
         scaling["rope_type"] = scaling.pop("type", scaling.get("rope_type", "default"))
         scaling = {k: v for k, v in scaling.items() if v is not None and k != "rope_theta"}
+        _check_rope(scaling)
     config.update(
         model_type="llama",
         rope_theta=float(theta),
@@ -252,12 +255,29 @@ def llama_config(values: Mapping[str, Any]) -> dict[str, Any]:
         "max_position_embeddings": 2048,
     }
     for key, value in defaults.items():
-        config.setdefault(key, value)
+        if config.get(key) is None:
+            config[key] = value
     if config.get("num_key_value_heads") is None:
         config["num_key_value_heads"] = config["num_attention_heads"]
     if config.get("head_dim") is None:
         config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
     return config
+
+
+_ROPES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def _check_rope(scaling: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for a scaling that no Llama-3 has, and for one that lacks a number."""
+    kind = scaling["rope_type"]
+    if kind not in _ROPES:
+        raise CheckpointError(f"the language model's rope is scaled by {kind!r}; expected {', '.join(_ROPES)}.")
+    if missing := [key for key in _ROPES[kind] if not isinstance(scaling.get(key), int | float)]:
+        raise CheckpointError(f"the language model's {kind} rope scaling lacks {', '.join(missing)}.")
 
 
 def stop_ids(*sources: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -48,7 +48,10 @@ def weight_files(directory: Path) -> list[Path]:
     Raises CheckpointError where a named file is missing, where there are only pickles, or no weights at all.
     """
     if (directory / INDEX).is_file():
-        files = [directory / name for name in sorted(set(read_json(directory / INDEX)["weight_map"].values()))]
+        named = read_json(directory / INDEX).get("weight_map")
+        if not isinstance(named, dict):
+            raise CheckpointError(f"{directory / INDEX} has no weight_map; expected a file for each tensor.")
+        files = [directory / name for name in sorted(set(named.values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise CheckpointError(f"{directory}: {INDEX} names {', '.join(missing)}, which is not there.")

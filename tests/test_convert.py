@@ -120,6 +120,16 @@ def test_trap_2_tied_head_in_the_file_is_dropped(vision: Path, tmp_path: Path) -
     assert not [name for name in read_tensors(tmp_path / "model") if "lm_head" in name]
 
 
+def test_trap_2_a_head_of_its_own_is_kept_whatever_the_config_says(vision: Path, tmp_path: Path) -> None:
+    """transformers 5 compares the two, and does not tie what differs."""
+    llm = edit(
+        make_llama(tmp_path / "llm", tie=True), lambda w: w.update({"lm_head.weight": -w["model.embed_tokens.weight"]})
+    )
+    config = convert(vision, llm, tmp_path / "model").config
+    assert config.text_config["tie_word_embeddings"] is False
+    assert distance(logits(tmp_path / "model"), hf_logits(llm)) <= TOLERANCE
+
+
 def test_trap_3_gelu_is_the_tanh_form(vision: Path, converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = hf_features(vision).hidden_states[-1].numpy()
     assert load_config(converted).vision_config.hidden_act == "gelu_pytorch_tanh"

@@ -147,6 +147,31 @@ def test_settings_that_cannot_be(vision: Path, llm: Path, tmp_path: Path) -> Non
         QuantConfig(7, 48)
 
 
+@pytest.mark.parametrize(
+    ("scaling", "words"),
+    [
+        ({"rope_type": "yarn", "factor": 2.0}, "scaled by 'yarn'; expected default, linear, llama3"),
+        ({"rope_type": "linear"}, "linear rope scaling lacks factor"),
+        ({"type": "llama3", "factor": 8.0}, "lacks low_freq_factor, high_freq_factor, original_max_position"),
+        ("llama3", "rope_scaling is 'llama3'; expected an object"),
+    ],
+)
+def test_ropes_that_no_llama_3_has(scaling: Any, words: str, vision: Path, llm: Path, tmp_path: Path) -> None:
+    other = copy(llm, tmp_path / "llm")
+    edit_json(other / "config.json", rope_parameters=None, rope_scaling=scaling)
+    assert words in refused("rope", vision, other, tmp_path / "model")
+
+
+def test_what_a_config_says_without_meaning_it(vision: Path, llm: Path, tmp_path: Path) -> None:
+    other = copy(llm, tmp_path / "llm")
+    edit_json(other / "config.json", quantization_config={})
+    assert convert(vision, other, tmp_path / "whole").config.quantization is None
+    edit_json(other / "config.json", vocab_size=None)
+    refused("--llm: .*embed_tokens", vision, other, tmp_path / "model")
+    (other / "model.safetensors.index.json").write_text("{}")
+    assert "no weight_map" in refused("index.json", vision, other, tmp_path / "model")
+
+
 def test_full_disk_is_foreseen(vision: Path, llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

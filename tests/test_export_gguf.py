@@ -5,6 +5,7 @@ What llama.cpp itself makes of the files is in test_llama_cpp.py, which skips wh
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from mlx_llama3v.checkpoint import load_config, load_model
 from mlx_llama3v.config import TilingConfig
@@ -278,3 +280,15 @@ def test_a_tokenizer_that_llama_cpp_does_not_know(model: Path) -> None:
     whole = {**held["model"], "ignore_merges": False, "merges": held["model"]["merges"][:-1]}
     with pytest.raises(CheckpointError, match="merges do not make"):
         pre_tokenizer({**held, "model": whole}, model)
+
+
+def test_tokens_beyond_the_vocabulary_are_left_out(tmp_path: Path) -> None:
+    """As where a pad token was added and the embedding not resized: Llama-3 fine-tunes have that."""
+    model = make_model(tmp_path)
+    size = load_config(model).text_config["vocab_size"]
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    held = json.loads(tokenizer.to_str())
+    held["added_tokens"].append({**held["added_tokens"][-1], "id": size, "content": "[PAD]"})
+    (model / "tokenizer.json").write_text(json.dumps(held))
+    tokens = field(export_gguf(model, tmp_path / "out") / "model-f16.gguf", "tokenizer.ggml.tokens")
+    assert len(tokens) == size and "[PAD]" not in tokens

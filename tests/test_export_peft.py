@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from mlx_llama3v.checkpoint import load_model, load_run
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.weights.convert import convert
 from mlx_llama3v.weights.peft import export_peft
-from tests.hf_edit import edit_json
+from tests.hf_edit import copy, edit_json
 from tests.hf_llama import make_llama
 from tests.hf_parity import IDS, distance
 from tests.hf_siglip import make_siglip
@@ -85,3 +86,12 @@ def test_runs_that_peft_cannot_hold_are_refused(model: Path, tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="fuse"):
         export_peft(model, run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_is_named_where_there_is_one(model: Path, tmp_path: Path) -> None:
+    """PEFT would load a vision-language model by that name, in which the adapter's modules are called otherwise."""
+    run = make_run(tmp_path / "run", model)
+    for sources, expected in (({"vision": "v", "llm": "l"}, "l"), ({"vision": "m", "llm": "m", "model": "m"}, "")):
+        edit_json(copy(model, tmp_path / expected / "model") / "config.json", sources=sources)
+        out = export_peft(tmp_path / expected / "model", run, tmp_path / expected / "out")
+        assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == expected

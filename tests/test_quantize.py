@@ -22,6 +22,7 @@ from mlx_llama3v.weights import TINY
 from mlx_llama3v.weights.convert import convert
 from mlx_llama3v.weights.probe import logits
 from mlx_llama3v.weights.quantize import BITS, RECIPES, QuantConfig
+from mlx_llama3v.weights.storage import Storage
 from mlx_llama3v.weights.vlm import convert_vlm
 from tests.forked import start
 from tests.hf_llama import LLAMA3_SCALING, make_llama
@@ -186,6 +187,15 @@ def test_the_tower_is_quantized_only_where_asked(tmp_path: Path) -> None:
         from mlx_llama3v.weights.export import export_hf
 
         export_hf(report.path, tmp_path / "out")
+
+
+def test_an_embedding_that_is_the_head_has_the_heads_bits() -> None:
+    """Llama 3.2's 1B and 3B have no other."""
+    recipe = QuantConfig(4, 32, recipe="mixed_2_6")
+    tied, untied = recipe.setting(16, tied=True), recipe.setting(16)
+    assert tied["language_model.model.embed_tokens"]["bits"] == 6 == untied["language_model.lm_head"]["bits"]
+    assert "language_model.model.embed_tokens" not in untied
+    assert Storage(recipe).setting({"num_hidden_layers": 16, "tie_word_embeddings": True}) == tied
 
 
 def test_recipes_that_do_not_exist() -> None:

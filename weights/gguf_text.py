@@ -102,10 +102,12 @@ def describe_vocabulary(writer: Any, source: Path, tokens: Tokens, vocabulary: i
     writer.add_tokenizer_pre(pre_tokenizer(held, source))
     names, kinds = [f"[PAD{n}]" for n in range(vocabulary)], [gguf.TokenType.UNUSED] * vocabulary
     for name, index in held["model"]["vocab"].items():
-        names[index], kinds[index] = name, gguf.TokenType.NORMAL
+        if index < vocabulary:  # a tokenizer may know tokens that the decoder has no vectors for
+            names[index], kinds[index] = name, gguf.TokenType.NORMAL
     for token in held["added_tokens"]:
-        names[token["id"]] = token["content"]
-        kinds[token["id"]] = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
+        if token["id"] < vocabulary:
+            names[token["id"]] = token["content"]
+            kinds[token["id"]] = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
     writer.add_token_list(names)
     writer.add_token_types(kinds)
     merges = held["model"]["merges"]

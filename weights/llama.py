@@ -15,6 +15,7 @@ from mlx_llama3v.tensors import read_json, read_tensors
 from mlx_llama3v.weights.siglip import describe
 
 PREFIX = "language_model."
+_HEADS = ("lm_head.weight", "embed_tokens.weight")
 FILES = (*TOKENIZER_FILES, *LEGAL_FILES)
 
 
@@ -49,6 +50,7 @@ def read_llama(directory: Path) -> LlamaSource:
     # The tensors themselves say what they are; a dtype in the configuration would only go stale.
     stale = ("quantization", "quantization_config", "dtype", "torch_dtype")
     config = llama_config({key: value for key, value in values.items() if key not in stale})
+    config["tie_word_embeddings"] = config["tie_word_embeddings"] and not has_own_head(directory)
     tensors = read_tensors(directory)
     return LlamaSource(
         directory,
@@ -60,10 +62,23 @@ def read_llama(directory: Path) -> LlamaSource:
     )
 
 
+def has_own_head(directory: Path) -> bool:
+    """Whether a checkpoint holds a head that is not its embedding: then it counts, whatever config.json says of ties.
+
+    As in transformers 5. The two are read for themselves, and let go.
+    """
+    tensors = read_tensors(directory)
+    head, table = (next((v for name, v in tensors.items() if name.endswith(end)), None) for end in _HEADS)
+    del tensors
+    if head is None or table is None or head.shape != table.shape:
+        return False
+    return not mx.array_equal(head, table).item()
+
+
 def _quantization(values: dict[str, Any], directory: Path) -> dict[str, Any] | None:
     """mlx-lm's own setting, where it is one for all layers; anything else cannot be read."""
     found = values.get("quantization")
-    if found is None and values.get("quantization_config") is None:
+    if not found and not values.get("quantization_config"):
         return None
     mixed = isinstance(found, dict) and any(isinstance(value, dict | bool) for value in found.values())
     if isinstance(found, dict) and not mixed and found.get("mode", "affine") == "affine":

@@ -18,7 +18,8 @@ _PREFIX = "base_model.model."
 def export_peft(model_dir: str | Path, run: str | Path, out_dir: str | Path) -> Path:
     """Write adapter_config.json and adapter_model.safetensors; returns the absolute path.
 
-    LoRA and DoRA on linear layers. Raises CheckpointError for a run without adapters or with whole weights.
+    LoRA and DoRA on linear layers. It fits the bare decoder alone; of a model that came as a whole it names no base.
+    Raises CheckpointError for a run without adapters or with whole weights.
     """
     folder = Path(run).expanduser()
     if not (folder / "adapters.safetensors").is_file():
@@ -29,11 +30,11 @@ def export_peft(model_dir: str | Path, run: str | Path, out_dir: str | Path) -> 
         raise CheckpointError(f"{folder} tuned all weights ({kind}); PEFT holds adapters: fuse it and export as hf.")
     weights = load_file(folder / "adapters.safetensors")
     tensors, modules, rank = _rename(weights, folder)
-    scale = float(config["lora_parameters"]["scale"])
+    scale, sources = float(config["lora_parameters"]["scale"]), load_config(model_dir).sources
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": load_config(model_dir).sources.get("llm", ""),
+        "base_model_name_or_path": "" if "model" in sources else sources.get("llm", ""),
         "r": rank,
         "lora_alpha": scale * rank,  # PEFT multiplies with alpha / r
         "lora_dropout": float(config["lora_parameters"]["dropout"]),

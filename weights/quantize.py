@@ -61,14 +61,17 @@ class QuantConfig:
                 f"MLX has {_listed(BITS)} bits in groups of {_listed(GROUPS)}."
             )
 
-    def setting(self, layers: int) -> dict[str, Any]:
-        """What config.json keeps for a decoder of `layers` blocks: one setting, and that of each layer that differs."""
+    def setting(self, layers: int, tied: bool = False) -> dict[str, Any]:
+        """What config.json keeps for a decoder of `layers` blocks: one setting, and that of each layer that differs.
+
+        Where the embedding is the head, too (`tied`), it has the head's bits.
+        """
         base = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
         if self.recipe is None:
             return base
         low, high = RECIPES[self.recipe]
         more = {**base, "bits": high}
-        sensitive = [f"{_DECODER}lm_head"]
+        sensitive = [f"{_DECODER}{'model.embed_tokens' if tied else 'lm_head'}"]
         for n in range(layers):
             if n < layers // 8 or n >= 7 * layers // 8 or (n - layers // 8) % 3 == 2:
                 block = f"{_DECODER}model.layers.{n}."

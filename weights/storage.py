@@ -31,7 +31,9 @@ class Storage:
 
     def setting(self, text_config: Mapping[str, Any]) -> dict[str, Any] | None:
         """The quantization of such a decoder as config.json has it; None where there is none."""
-        return self.quantize.setting(text_config["num_hidden_layers"]) if self.quantize else None
+        if self.quantize is None:
+            return None
+        return self.quantize.setting(text_config["num_hidden_layers"], bool(text_config["tie_word_embeddings"]))
 
     def cast(self, value: mx.array, narrow: bool) -> mx.array:
         """A tensor that is not quantized, as asked for; where nothing was and it is `narrow`, in 16 bit."""

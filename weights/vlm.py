@@ -33,6 +33,7 @@ from mlx_llama3v.weights.convert import (
 from mlx_llama3v.weights.export import KEPT, kept_config, restore
 from mlx_llama3v.weights.family import Family, Renamed, Source, is_clip, rename
 from mlx_llama3v.weights.licences import licence_of
+from mlx_llama3v.weights.llama import has_own_head
 from mlx_llama3v.weights.probe import probe
 from mlx_llama3v.weights.projector_file import refuse_projector_only
 from mlx_llama3v.weights.quantize import LayerReport, QuantConfig
@@ -154,6 +155,8 @@ def open_vlm(
 def _configured(source: Source, family: Family, name: str, vision_mode: str | None) -> ModelConfig:
     """What a checkpoint says of itself, with what its tokenizer and its generation settings add."""
     config = family.configure(source)
+    if config.text_config["tie_word_embeddings"] and has_own_head(source.text_directory):
+        config = replace(config, text_config={**config.text_config, "tie_word_embeddings": False})
     if vision_mode is not None:
         if not config.vision_mode.startswith("strip") or vision_mode not in ("strip", "strip-2d"):
             raise CheckpointError(
