@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from mlx_llama3v.config import ModelConfig, ProjectorConfig
+from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.layout import LAYOUTS
 from mlx_llama3v.tensors import read_json
 from mlx_llama3v.weights.family import SQUASH, Family, Source, decoder_config, image_config, tower_config
 
 
 def configure(source: Source) -> ModelConfig:
-    """Everything that the configurations of the three parts decide."""
-    llm, tower = (read_json(source.directory / part / "config.json") for part in ("llm", "vision_tower"))
+    """Everything that the configurations of the three parts decide. Raises CheckpointError for what is another model.
+
+    Later VILAs have projectors with the same tensors that take the patches in another order.
+    """
+    llm, tower, projector = (
+        read_json(source.directory / part / "config.json") for part in ("llm", "vision_tower", "mm_projector")
+    )
+    kind = projector.get("mm_projector_type") or source.config.get("mm_projector_type") or "mlp_downsample"
+    shape = source.config.get("image_aspect_ratio") or "resize"
+    for key, found, known in (("mm_projector_type", kind, "mlp_downsample"), ("image_aspect_ratio", shape, "resize")):
+        if found != known:
+            raise CheckpointError(f"{source.directory}: {key} is {found!r}; expected {known}, as VILA 1.5 8B has it.")
     text = decoder_config(llm, tied=not source.has(r"^llm/lm_head\."))
     vision = tower_config(source, tower.get("vision_config", tower))
     return ModelConfig(

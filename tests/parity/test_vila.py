@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.weights.vlm import convert_vlm
 from tests import hf_family as hf
 from tests.family_parity import Answered, agree, answer, gap
-from tests.hf_edit import edit
+from tests.hf_edit import copy, edit, edit_json
 from tests.hf_llava import picture
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
@@ -95,3 +96,19 @@ def test_the_grid_is_transposed() -> None:
     at = [mx.array([[value]]) for value in (2, 0, 4, 4)]
     patches = mx.array(np.arange(16, dtype=np.float32).reshape(1, 16, 1))
     assert Downsample._at(patches, *at).item() == 8
+
+
+def test_later_vilas_are_not_taken_for_this_one(tmp_path: Path) -> None:
+    """Their tensors have the same names: mlp_downsample_2x2_fix does not transpose, dynamic pictures are tiled."""
+    Reference(tmp_path / "hf")
+    for file, values in (
+        ("mm_projector/config.json", {"mm_projector_type": "mlp_downsample_2x2_fix"}),
+        ("config.json", {"image_aspect_ratio": "dynamic"}),
+    ):
+        other = copy(tmp_path / "hf", tmp_path / next(iter(values)))
+        edit_json(other / file, **values)
+        with pytest.raises(CheckpointError, match=f"{next(iter(values))} is '{next(iter(values.values()))}'; expected"):
+            convert_vlm(other, tmp_path / "model")
+    edit_json(tmp_path / "hf" / "mm_projector" / "config.json", mm_projector_type="mlp_downsample")
+    edit_json(tmp_path / "hf" / "config.json", image_aspect_ratio="resize")
+    convert_vlm(tmp_path / "hf", tmp_path / "model")
