@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,37 @@ LISTED = (
     "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     "{{ '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}" + _HEADER.replace("\\n", "\n") + "{% endif %}"
 )
+_PLAIN = "{% if message['role'] == 'system' %}{{ message['content'] }} {% elif message['role'] == 'user' %}"
+VICUNA = (
+    "{{ bos_token }}{% for message in messages %}" + _PLAIN + "USER: {{ message['content'] }} {% else %}"
+    "ASSISTANT: {% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+MARKED = (  # for trainers, and with a loop that is left
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'tool' %}{% continue %}{% endif %}"
+    "{{ " + _ROLE + " }}{% generation %}{{ message['content'] + '<|eot_id|>' }}{% endgeneration %}{% endfor %}"
+    "{% if add_generation_prompt %}" + _HEADER + "{% endif %}"
+)
+CHATML = (
+    "{% for message in messages %}{{ '<|reserved_special_token_0|>' + message['role'] + '\\n' + message['content'] }}"
+    "{{ '<|reserved_special_token_1|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|reserved_special_token_0|>assistant\\n' }}{% endif %}"
+)
 TEMPLATES = {
     "3.0": LLAMA_30,
     "3.1": LLAMA_31.replace("DATE", "'26 Jul 2024'"),
     "3.2": LLAMA_32,
     "plain": CHAT_TEMPLATE,
     "list": LISTED,
+    "vicuna": VICUNA,
+    "marked": MARKED,
+    "chatml": CHATML,
 }
 CONVERSATIONS = (
     [("user", "What is it?")],
     [("system", "Be short."), ("user", "What is it?")],
     [("user", "a"), ("assistant", "It says stop."), ("user", "Sure?")],
+    [("system", "Be short."), ("user", "a"), ("assistant", "It says stop."), ("user", "Sure?")],
 )
 
 
@@ -86,7 +107,7 @@ def test_the_layout_writes_what_the_template_writes(name: str, turns: list[tuple
     assert layout is not None
     found = ours(layout, turns)
     assert found == theirs(directory, turns)
-    assert found.count(Tokens(tiny_tokenizer()).bos) == 1
+    assert found.count(Tokens(tiny_tokenizer()).bos) == (name != "chatml")
     if name in ("3.1", "3.2"):  # the layout is felt: 3.0's is another prompt, and no clock is read
         assert found != ours(LAYOUTS["llama3"], turns)
         assert "26 Jul 2024" in str(layout)
@@ -112,6 +133,26 @@ def test_no_template_and_one_that_cannot_be_read(tmp_path: Path) -> None:
     (directory / "chat_template.jinja").write_text("{{ messages[0]['content'] | length }}")
     with pytest.raises(CheckpointError, match="--prompt-layout"):
         read_layout(directory)
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        (VICUNA.replace("{{ eos_token }}", ""), "nothing ends an answer"),
+        (LLAMA_30.replace("loop.index0 == 0", "loop.index0 % 2 == 0"), "first user turn after a system turn differs"),
+        (MARKED.replace("message['content'] + ", "message['content'] + (' twice' if loop.index == 2 else '') + "), ""),
+        ("{% for message in messages %}", "cannot be read"),
+    ],
+)
+def test_templates_that_do_more_than_place_messages(template: str, why: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"{why}.*--prompt-layout"):
+        read_layout(checkpoint(tmp_path, template))
+
+
+def test_what_ends_an_answer_stops_it() -> None:
+    layout = replace(LAYOUTS["llama3"], end="<|reserved_special_token_1|>\n")
+    tokens = Tokens(tiny_tokenizer(), layout=layout)
+    assert tiny_tokenizer().token_to_id("<|reserved_special_token_1|>") in tokens.stop
 
 
 def test_a_message_cannot_write_control_tokens(tmp_path: Path) -> None:

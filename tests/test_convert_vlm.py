@@ -11,6 +11,7 @@ import pytest
 from mlx_llama3v.checkpoint import load_config
 from mlx_llama3v.config import ModelConfig
 from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.layout import LAYOUTS
 from mlx_llama3v.weights.quantize import QuantConfig
 from mlx_llama3v.weights.storage import Storage
 from mlx_llama3v.weights.vlm import convert_vlm, open_vlm, plan_vlm
@@ -108,5 +109,9 @@ def test_the_layout_is_a_value_in_config_json(llava: Path, tmp_path: Path) -> No
     assert ModelConfig.from_dict(written) == load_config(tmp_path / "m")
     convert_vlm(llava, tmp_path / "v", prompt_layout="vicuna")
     assert load_config(tmp_path / "v").prompt_layout.assistant == "ASSISTANT:"
+    other = copy(llava, tmp_path / "unreadable")
+    (other / "chat_template.jinja").write_text("{{ messages | length }}")
+    assert "choose one with --prompt-layout" in sentence(other, tmp_path / "u")
+    assert open_vlm(other, Storage(), prompt_layout="vicuna").config.prompt_layout == LAYOUTS["vicuna"]
     with pytest.raises(CheckpointError, match="prompt layout is 'nonsense'"):
         open_vlm(llava, Storage(), prompt_layout="nonsense")

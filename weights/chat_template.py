@@ -1,22 +1,26 @@
 """A Jinja chat template -> the pieces of a PromptLayout, found by rendering it around marks.
 
-Templates are programs; what this package needs of them is what stands around the messages. Every piece is checked by
-putting a two-turn conversation together again: a template that does more than place messages is not used.
+Templates are programs; what this package needs of them is what stands around the messages. The pieces are checked by
+putting conversations together again: a template that does more than place messages is not used.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.layout import PromptLayout
 from mlx_llama3v.tensors import read_json
 
 _SYSTEM, _FIRST, _ANSWER, _SECOND = "⟦system⟧", "⟦first⟧", "⟦answer⟧", "⟦second⟧"
-_IMAGE = "⟦image⟧"
+_ENDS = {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>"}
+_CONTROL = re.compile(r"\s*<[^<>\s]+>")
 
 
 def find_template(directory: Path) -> str | None:
@@ -44,11 +48,9 @@ def read_layout(directory: Path, image_token: str = "<image>") -> PromptLayout |
         return None
     path = directory / "tokenizer_config.json"
     named = read_json(path) if path.is_file() else {}
-    bos = named.get("bos_token", "<|begin_of_text|>")
-    bos = bos["content"] if isinstance(bos, dict) else str(bos)
-    render = _renderer(template, bos)
+    bos, eos = (_token(named.get(f"{name}_token"), default) for name, default in _ENDS.items())
     try:
-        return _layout(render, bos, image_token)
+        return _layout(_renderer(template, bos, eos), bos, image_token)
     except _Unreadable as error:
         raise CheckpointError(
             f"{directory}: the chat template cannot be read as a prompt layout ({error}); "
@@ -56,15 +58,34 @@ def read_layout(directory: Path, image_token: str = "<image>") -> PromptLayout |
         ) from None
 
 
+def _token(value: Any, default: str) -> str:
+    """A token as tokenizer_config.json has it: text, or an object; `default` where it is missing or null."""
+    return str((value.get("content") if isinstance(value, dict) else value) or default)
+
+
 class _Unreadable(Exception):
     """What keeps a template from being taken apart."""
 
 
-def _renderer(template: str, bos: str) -> Any:
-    from jinja2 import TemplateError
+def _renderer(template: str, bos: str, eos: str) -> Any:
+    """`template` as transformers renders it, but for the clock. Raises _Unreadable where it cannot be compiled."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    class Generation(Extension):
+        """{% generation %}..{% endgeneration %}, which marks answers for trainers and writes nothing."""
+
+        tags: ClassVar[set[str]] = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
     environment.filters["tojson"] = lambda value, **kwargs: json.dumps(value, ensure_ascii=False)
 
     def fail(message: str) -> None:
@@ -72,14 +93,16 @@ def _renderer(template: str, bos: str) -> Any:
 
     environment.globals["raise_exception"] = fail  # no strftime_now: a prompt must not change with the day
 
+    try:
+        compiled = environment.from_string(template)
+    except TemplateError as error:
+        raise _Unreadable(str(error)) from error
+
     def render(*turns: tuple[str, Any]) -> str:
         messages = [{"role": role, "content": content} for role, content in turns]
         try:
-            return str(
-                environment.from_string(template).render(
-                    messages=messages, add_generation_prompt=messages[-1]["role"] == "user", bos_token=bos, eos_token=""
-                )
-            )
+            asked = messages[-1]["role"] == "user"
+            return str(compiled.render(messages=messages, add_generation_prompt=asked, bos_token=bos, eos_token=eos))
         except (TemplateError, TypeError, KeyError, IndexError) as error:
             raise _Unreadable(str(error)) from error
 
@@ -87,6 +110,8 @@ def _renderer(template: str, bos: str) -> Any:
 
 
 def _layout(render: Any, bos: str, image_token: str) -> PromptLayout:
+    """The pieces, checked. Raises _Unreadable."""
+
     def cut(text: str, *marks: str) -> list[str]:
         parts = []
         for mark in marks:
@@ -97,14 +122,17 @@ def _layout(render: Any, bos: str, image_token: str) -> PromptLayout:
         return [*parts, text]
 
     listed, wrap = _content_form(render)
-    plain = cut(render(("user", wrap(_FIRST))), _FIRST)
-    turns = ("user", wrap(_FIRST)), ("assistant", wrap(_ANSWER)), ("user", wrap(_SECOND))
-    before, asked, between, last = cut(render(*turns), _FIRST, _ANSWER, _SECOND)
-    if before != plain[0] or last != plain[1] or last != asked:
+    before, asked = cut(render(("user", wrap(_FIRST))), _FIRST)
+    talk = ("user", wrap(_FIRST)), ("assistant", wrap(_ANSWER)), ("user", wrap(_SECOND))
+    first, replied, between, last = cut(render(*talk), _FIRST, _ANSWER, _SECOND)
+    if first != before or last != asked or not replied.startswith(asked):
         raise _Unreadable("it writes a turn differently the second time")
     start = bos if before.startswith(bos) else ""
-    end = between[: between.index("|>") + 2] if between.startswith("<|") else between[: between.find("<")]
-    user_header = between[len(end) :]
+    control = _CONTROL.match(between)
+    if control is None:
+        raise _Unreadable("nothing ends an answer")
+    user_header = os.path.commonprefix([before[::-1], between[control.end() :][::-1]])[::-1]
+    end = between.removesuffix(user_header)
     user_end = end if asked.startswith(end) else ""
     head, after = "", ""
     with suppress(_Unreadable):  # a template without system turns
@@ -122,16 +150,36 @@ def _layout(render: Any, bos: str, image_token: str) -> PromptLayout:
             start, default = start + rest, None  # words of its own: they become part of the start
         else:
             default = rest[len(shell[0]) : len(rest) - len(shell[2])]
-    return PromptLayout(
+    layout = PromptLayout(
         name="chat template",
         start=start,
         system=system,
         default_system=default,
         user=user_header + "{images}{text}" + user_end,
         assistant=asked.removeprefix(user_end),
+        answer=replied.removeprefix(asked) + "{text}",
         end=end,
         picture=_picture(render, image_token) if listed else "{overview}{slices}\n",
     )
+    system_turn = ("system", wrap(_SYSTEM))
+    for turns in (talk, (system_turn, *talk)) if head or after else (talk,):
+        told = [(role, text if isinstance(text, str) else text[0]["text"]) for role, text in turns]
+        if _written(layout, told) != render(*turns):
+            raise _Unreadable("it does more than place messages")
+    return layout
+
+
+def _written(layout: PromptLayout, turns: Sequence[tuple[str, str]]) -> str:
+    """What `layout` makes of a conversation that ends with a user's turn."""
+    pieces = {
+        "system": layout.system,
+        "user": layout.user.replace("{images}", ""),
+        "assistant": layout.assistant + layout.answer + layout.end,
+    }
+    if layout.default_system is not None and turns[0][0] != "system":
+        turns = [("system", layout.default_system), *turns]
+    told = (pieces[role].replace("{text}", text) for role, text in turns)
+    return layout.start + "".join(told) + layout.assistant
 
 
 def _content_form(render: Any) -> tuple[bool, Any]:

@@ -26,6 +26,7 @@ from mlx_llama3v.config import (
     llama_config,
 )
 from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.layout import PromptLayout
 from mlx_llama3v.tensors import read_json, read_tensors
 
 
@@ -37,6 +38,7 @@ class Source:
     config: dict[str, Any]
     tensors: dict[str, mx.array] = field(repr=False)
     text_directory: Path  # where tokenizer and generation settings are
+    layout: PromptLayout | None = None  # asked for, in place of the checkpoint's own
 
     @classmethod
     def open(cls, directory: Path) -> Source:

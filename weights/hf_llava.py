@@ -47,7 +47,7 @@ def configure(source: Source) -> ModelConfig:
         tiling=SQUASH,
         image=image_config(source),
         vision_feature_layer=layer,
-        prompt_layout=_prompt(source),
+        prompt_layout=source.layout or _prompt(source),
     )
 
 

@@ -140,15 +140,16 @@ def open_vlm(
     """
     directory = resolve(hf_path, offline)
     refuse_projector_only(directory)
-    source = Source.open(directory)
+    layout = None if prompt_layout is None else named_layout(prompt_layout)
+    source = replace(Source.open(directory), layout=layout)
     family = detect(source)
     if source.config.get("quantization") or source.config.get("quantization_config"):
         raise CheckpointError(f"{source.directory} is already quantized; expected the original weights.")
     config = kept_config(source.directory)  # exported by us: it says what it was
     if config is None:
         config = _configured(source, family, source_name(hf_path), vision_mode)
-    if prompt_layout is not None:
-        config = replace(config, prompt_layout=named_layout(prompt_layout))
+    if layout is not None:
+        config = replace(config, prompt_layout=layout)
     return Finished(source, family, replace(config, quantization=storage.setting(config.text_config)), storage)
 
 

@@ -85,7 +85,8 @@ class Tokens:
         self.marker_ids = tuple(marker_ids) or reserved_marker_ids(tokenizer)
         if len(set(self.marker_ids)) != len(MARKERS):
             raise CheckpointError(f"marker_ids is {list(self.marker_ids)}; expected {len(MARKERS)} different ids.")
-        self.stop = frozenset(eos_token_ids) | {self.eot, self.end_of_text}
+        ends = {piece for piece in self.pieces(layout.end) if isinstance(piece, int)}
+        self.stop = frozenset(eos_token_ids) | {self.eot, self.end_of_text} | ends
         self._unsaid: dict[int, tuple[int, ...]] = {}
         self._refuse_injection(ids)
 
