@@ -151,6 +151,15 @@ def load_siglip(directory: str | Path, dtype: str | mx.Dtype | None = None) -> S
     return Siglip(model, tokenizer, vision, text, image)
 
 
+def image_processor(directory: Path) -> dict[str, Any]:
+    """What a Hugging Face checkpoint does to pictures, as its files say it. Raises CheckpointError where none does."""
+    if (directory / "processor_config.json").is_file():
+        found = read_json(directory / "processor_config.json").get("image_processor")
+        if isinstance(found, dict):
+            return found
+    return read_json(directory / "preprocessor_config.json")
+
+
 def read_siglip_config(directory: Path) -> tuple[VisionConfig, SiglipTextConfig | None, ImageConfig]:
     """Configuration of a Hugging Face SigLIP; no text part where only the vision tower was saved.
 
@@ -159,11 +168,7 @@ def read_siglip_config(directory: Path) -> tuple[VisionConfig, SiglipTextConfig 
     """
     config = read_json(directory / "config.json")
     vision, text = config.get("vision_config", config), config.get("text_config")
-    values: dict[str, Any] | None = None
-    if (directory / "processor_config.json").is_file():
-        values = read_json(directory / "processor_config.json").get("image_processor")
-    if values is None:
-        values = read_json(directory / "preprocessor_config.json")
+    values = image_processor(directory)
     image = known(ImageConfig, values)
     for key in ("image_mean", "image_std"):
         if key in image:

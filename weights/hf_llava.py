@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_llama3v.config import ModelConfig, llama_config
+from mlx_llama3v.checkpoint import image_processor
+from mlx_llama3v.config import ModelConfig, TilingConfig, llama_config
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.layout import LAYOUTS, PromptLayout
 from mlx_llama3v.text.tokens import load_tokenizer
@@ -44,11 +45,30 @@ def configure(source: Source) -> ModelConfig:
         vision_config=vision,
         text_config=text,
         projector_config=mlp_projector(vision, text, skip=int(strategy == "default")),
-        tiling=SQUASH,
+        tiling=_tiling(source, vision.image_size),
         image=image_config(source),
         vision_feature_layer=layer,
         prompt_layout=source.layout or _prompt(source),
     )
+
+
+def _tiling(source: Source, side: int) -> TilingConfig:
+    """One square: padded where the processor pads, else squashed. Raises CheckpointError where it cuts some away."""
+    values = image_processor(source.directory)
+    given = values.get("size") or {}
+    size = given if isinstance(given, dict) else {"height": given, "width": given}
+    if not {*size.values()} <= {side}:
+        raise CheckpointError(
+            f"{source.directory}: its processor makes pictures {size}; the tower takes {side} pixels."
+        )
+    if values.get("do_pad"):
+        return TilingConfig("pad", 0)
+    if values.get("do_center_crop") or "shortest_edge" in size:
+        raise CheckpointError(
+            f"{source.directory}: its processor crops pictures; expected one that squashes them to a square (SigLIP's) "
+            "or pads them (do_pad)."
+        )
+    return SQUASH
 
 
 def _prompt(source: Source) -> PromptLayout:

@@ -8,12 +8,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from PIL import Image
 
-from mlx_llama3v.checkpoint import load_config
+from mlx_llama3v.checkpoint import load_config, load_tower
+from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.inference import load
+from mlx_llama3v.vision.families import make_encoder
+from mlx_llama3v.weights.family import SQUASH
 from mlx_llama3v.weights.vlm import convert_vlm
 from tests.family_parity import Answered, agree, answer, gap, greedy, prompt_logits
-from tests.hf_edit import copy, edit
+from tests.hf_edit import copy, edit, edit_json
 from tests.hf_llava import make_llava, picture, reference
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
@@ -134,3 +138,39 @@ def test_a_second_turn_follows_the_same_layout(model: Path, image: Path) -> None
     assert text == "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nSure?<|eot_id|>" + (
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
+
+
+PADDED = {
+    "image_processor_type": "LlavaImageProcessor",
+    "do_pad": True,
+    "size": {"shortest_edge": 32},
+    "crop_size": {"height": 32, "width": 32},
+    "do_center_crop": True,
+}
+
+
+def test_a_processor_that_pads(theirs: Path, image: Path, tmp_path: Path) -> None:
+    from transformers import LlavaImageProcessorPil
+
+    source = copy(theirs, tmp_path / "hf")
+    (source / "processor_config.json").unlink(missing_ok=True)
+    edit_json(source / "preprocessor_config.json", **PADDED)
+    model = convert_vlm(source, tmp_path / "model").path
+    pixels = LlavaImageProcessorPil.from_pretrained(source)(Image.open(image), return_tensors="np")["pixel_values"]
+    _, (patches,) = make_encoder(load_tower(model), load_config(model)).prepare(image)
+    side = pixels.shape[-1]
+    found = patches.reshape(side // 8, side // 8, 8, 8, 3).transpose(0, 2, 1, 3, 4).reshape(side, side, 3)
+    assert np.abs(found / 127.5 - 1 - pixels[0].transpose(1, 2, 0)).max() < 1e-6
+    _, (squashed,) = make_encoder(load_tower(model), load_config(model), SQUASH).prepare(image)
+    assert not np.array_equal(squashed, patches)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"), [({"do_pad": None}, "crops pictures"), ({"size": {"height": 48, "width": 48}}, "takes 32")]
+)
+def test_processors_that_see_otherwise(changed: dict[str, Any], words: str, theirs: Path, tmp_path: Path) -> None:
+    source = copy(theirs, tmp_path / "hf")
+    (source / "processor_config.json").unlink(missing_ok=True)
+    edit_json(source / "preprocessor_config.json", **{**PADDED, **changed})
+    with pytest.raises(CheckpointError, match=words):
+        convert_vlm(source, tmp_path / "model")
