@@ -95,6 +95,7 @@ def export(
 
 def _converted(path: Path, output: Path, run: Path | None, format: Format, squash: bool, gguf_type: str) -> Path:
     """Write the files of another program; returns where."""
+    from mlx_llama3v.checkpoint import load_config
     from mlx_llama3v.weights.export import export_hf
     from mlx_llama3v.weights.gguf_export import export_gguf
     from mlx_llama3v.weights.peft import export_peft
@@ -102,7 +103,10 @@ def _converted(path: Path, output: Path, run: Path | None, format: Format, squas
     if format is Format.gguf:
         return export_gguf(path, output, run=run, squash=squash, type=gguf_type)
     if format is Format.hf:
-        return export_hf(path, output, run=run, squash=squash)
+        written = export_hf(path, output, run=run, squash=squash)
+        if load_config(path).projector_config.kind == "linear":
+            show.err.print("note: transformers runs this; vLLM and mlx-vlm expect a GELU in the projector (kind mlp).")
+        return written
     if run is None:
         raise CheckpointError("--format peft exports what a run trained; expected --run.")
     return export_peft(path, run, output)

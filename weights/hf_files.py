@@ -11,7 +11,7 @@ from mlx_llama3v.text.tokens import Tokens
 
 
 def llava_config(config: ModelConfig, image_id: int, *, dtype: str, tie: bool, act: str) -> dict[str, Any]:
-    """config.json that transformers, vLLM and llama.cpp's converters read."""
+    """config.json as transformers, vLLM and llama.cpp's converters read it; `act` "linear" is transformers' alone."""
     vision, strategy = config.vision_config, _strategy(config)
     text = {
         **config.text_config,
