@@ -64,8 +64,8 @@ def embed(
         typer.Option(
             "--shard-size",
             min=1,
-            help="Megabytes a shard at most. A kill loses no more than that, pictures under way included; Ctrl-C loses "
-            "only these.",
+            help="Megabytes a shard at most. A kill loses no more than that, pictures under way included; before the "
+            "first one also the sample that the codec was fitted to. Ctrl-C loses only what is under way.",
         ),
     ] = 512,
     max_slices: MaxSlices = None,
@@ -114,6 +114,8 @@ def _estimate(model: str, data: Path, output: Path, settings: dict[str, Any], js
 
 def _note(progress: EmbedProgress) -> str:
     """Slices and bytes so far, their rate, and whether the encoder has to wait for pictures."""
+    if progress.fitting:
+        return "fitting the codec to a sample"
     seconds = max(progress.seconds, 1e-9)
     return (
         f"{progress.slices / seconds:,.1f} slices/s, {show.size(progress.bytes)}, "

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Thread
@@ -28,12 +27,13 @@ from safetensors.numpy import load, save
 from mlx_llama3v.checkpoint import load_config
 from mlx_llama3v.config import SliceLayout
 from mlx_llama3v.embeddings.codec import DEFAULT as DEFAULT_CODEC
-from mlx_llama3v.embeddings.codec import get_codec
+from mlx_llama3v.embeddings.codec import Fit, get_codec
 from mlx_llama3v.embeddings.embed import embed_images
 from mlx_llama3v.embeddings.rolling import RollingStore, RollingWriter, read_name
+from mlx_llama3v.embeddings.sample import fit_sample
 from mlx_llama3v.embeddings.shard import write_atomic
 from mlx_llama3v.embeddings.store import Manifest, Store, plain
-from mlx_llama3v.embeddings.writer import Post, StoreWriter
+from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.encoder import load_encoder, load_post
 from mlx_llama3v.errors import ImageError, StoreError, UserError, size
 from mlx_llama3v.hub import resolve
@@ -44,7 +44,6 @@ from mlx_llama3v.vision.tiling import plan
 SPEC, READS, LOG, CHANNELS = "spec.json", "reads.jsonl", "encoder.log", "channels.safetensors"
 _ROLLING = "rolling-"
 _CHILD = "from mlx_llama3v.platform import without_torch as f; f(); from mlx_llama3v.ahead import main; main()"
-_SAMPLE = 32  # pictures that the codec is fitted to
 _CHUNK = 2048  # reads that are handed to the pipeline at once
 
 
@@ -98,10 +97,16 @@ class Ahead:
         self._check_budget(layouts, width)
         directory.mkdir(parents=True, exist_ok=True)
         if not (resume and (directory / CHANNELS).exists()):
-            _fit(directory / CHANNELS, config.codec, encoder, post, [images[name] for name in layouts])
+            codec, known = get_codec(config.codec), [images[name] for name in layouts]
+            fit = fit_sample(codec, known, encoder, post, batch_size=config.batch_size) if codec.has_channels else None
+            # Where no picture of the sample can be read, any channels will do.
+            channels = fit.channels if fit else codec.fit(np.zeros((1, width), np.float32))
+            write_atomic(directory / CHANNELS, [save(dict(channels))])
         held = None
         if always:
             with StoreWriter(directory / "held-out", encoder.fingerprint(), config.codec, post=post) as writer:
+                if not writer.fitted:
+                    writer.fit(Fit(load((directory / CHANNELS).read_bytes()), {}))
                 embed_images([(name, images[name]) for name in always], encoder, writer, batch_size=config.batch_size)
             held = Store(directory / "held-out")
         self.store = RollingStore(
@@ -191,17 +196,6 @@ def scan(
             else:
                 layouts[name] = layout
     return layouts, problems
-
-
-def _fit(file: Path, codec: str, encoder: Encoder, post: Post | None, paths: Sequence[Path]) -> None:
-    """Fit the codec to pictures from all over the data, and write its channels. Raises StoreError."""
-    sample = []
-    for path in paths[:: max(1, len(paths) // _SAMPLE)][:_SAMPLE]:
-        with suppress(ImageError):  # listed when it is read
-            encoded = encoder.embed(path)
-            sample.append((post(encoded) if post is not None else encoded).patches)
-    channels = get_codec(codec).fit(np.concatenate(sample)) if sample else {}
-    write_atomic(file, [save(channels)])
 
 
 def encode(directory: Path, parent: int) -> None:

@@ -225,12 +225,6 @@ def measure(
     return Speed(seconds / patches, seconds / len(chosen), prepare_seconds / prepared, len(chosen))
 
 
-def evenly(pictures: Mapping[str, Source], count: int) -> list[Source]:
-    """`count` of them, spread over the set."""
-    step = max(1, len(pictures) // max(1, count))
-    return list(pictures.values())[::step][:count]
-
-
 def free_bytes(path: Path) -> int:
     """Free bytes on the disk on which `path` lies or will lie."""
     place = path.absolute()

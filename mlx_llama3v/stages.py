@@ -20,6 +20,7 @@ from mlx_llama3v.embeddings.codec import DEFAULT as DEFAULT_CODEC
 from mlx_llama3v.embeddings.embed import EmbedProgress, EmbedSummary, embed_images
 from mlx_llama3v.embeddings.ranks import Ranks
 from mlx_llama3v.embeddings.rolling import NoPictures
+from mlx_llama3v.embeddings.sample import evenly
 from mlx_llama3v.embeddings.shard import write_atomic
 from mlx_llama3v.embeddings.store import MANIFEST, Reader, Store
 from mlx_llama3v.embeddings.writer import StoreWriter
@@ -89,9 +90,9 @@ def estimate_data(
     form = _form(config, max_slices, pool, after_projector)
     found = estimate.scan(left, config.image, progress=progress)
     volume = estimate.volume(found.sizes, form)
-    sample = {name: source for name, source in left.items() if name not in found.unreadable}
+    readable = [source for name, source in left.items() if name not in found.unreadable]
     encoder = load_encoder(model, max_slices=max_slices, offline=offline)
-    speed = estimate.measure(estimate.evenly(sample, 4 * batch_size), encoder, batch_size)
+    speed = estimate.measure(evenly(readable, 4 * batch_size), encoder, batch_size)
     free = estimate.free_bytes(output)
     fits = volume.bytes[codec] <= free
     return Estimate(
@@ -165,7 +166,17 @@ def embed_data(
             todo = {name: source for name, source in mine.items() if not writer.has(name)}
             form = _form(config, max_slices, pool, after_projector)
             estimate.require_room(todo, config.image, form, codec, output, ranks.size)
-        summary = embed_images(mine.items(), encoder, writer, batch_size=batch_size, workers=workers, progress=progress)
+        if not writer.fitted and (fit := ranks.fit()):
+            writer.fit(fit)
+        summary = embed_images(
+            mine.items(),
+            encoder,
+            writer,
+            batch_size=batch_size,
+            workers=workers,
+            progress=progress,
+            whole=[*images.values()],
+        )
     ranks.collect()
     store = Store(output)
     failed = [Problem(name, reason) for name, reason in store.failures.items() if name in images]

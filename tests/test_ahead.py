@@ -103,9 +103,12 @@ def test_a_resumed_run_reads_from_its_own_turn(model: Path, data: DataSet, whole
 def test_held_out_pictures_are_there_at_any_time(model: Path, data: DataSet, whole: Store, tmp_path: Path) -> None:
     paths = images(data)
     always = [*paths][:5]
-    with Ahead(tmp_path, AheadConfig(str(model), BUDGET, "float16"), paths, always) as ahead:
+    with Ahead(tmp_path / "a", AheadConfig(str(model), BUDGET, "float16"), paths, always) as ahead:
         for name in always:
             np.testing.assert_allclose(ahead.store.read(name).patches, whole.read(name).patches, rtol=2e-3, atol=2e-3)
+    Ahead(tmp_path / "b", AheadConfig(str(model), BUDGET, "int8"), paths, always).close()
+    for name, part in load_file(tmp_path / "b" / CHANNELS).items():  # the codec is fitted once, to all of the data
+        np.testing.assert_array_equal(Store(tmp_path / "b" / "held-out").shards[0].channels[name], np.array(part))
 
 
 def test_unreadable_pictures_are_told_before_or_blank(model: Path, data: DataSet, tmp_path: Path) -> None:

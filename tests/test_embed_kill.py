@@ -21,7 +21,7 @@ from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.embeddings.tools import verify
 from mlx_llama3v.errors import StoreError
 from mlx_llama3v.stages import embed_data
-from mlx_llama3v.vision.encode import Encoder, Form
+from mlx_llama3v.vision.encode import Encoder, Form, as_values
 from mlx_llama3v.weights import TINY
 from mlx_llama3v.weights.convert import convert
 from tests.forked import start
@@ -52,7 +52,12 @@ def fill(model: Path, data: DataSet, output: Path, told: Path) -> None:
             os.pwrite(file.fileno(), given.tobytes(), 0)
             return encode(self, form, slices, batch_size)
 
+        def sample(self: Encoder, slices: Any, batch_size: int = 8) -> list[np.ndarray]:
+            """Of what the codec is fitted to, which goes into no store."""
+            return [part["values"] for part in encode(self, as_values, slices, batch_size)]
+
         Encoder.encode_as = telling  # type: ignore[method-assign]
+        Encoder.encode = sample  # type: ignore[method-assign]
         settings: dict[str, Any] = {"codec": "int8", "shard_bytes": SHARD_BYTES, "batch_size": BATCH}
         embed_data(model, data.captions, output, image_folder=data.images, **settings)
 

@@ -87,7 +87,7 @@ def test_another_pool_or_codec_is_refused_with_both_values(tmp_path: Path) -> No
         StoreWriter(tmp_path, FINGERPRINT, "int4")
 
 
-def test_fidelity_of_the_first_pictures_is_in_the_manifest(tmp_path: Path) -> None:
+def test_fidelity_is_in_the_manifest(tmp_path: Path) -> None:
     found = {}
     for codec in CODECS:
         with StoreWriter(tmp_path / codec, FINGERPRINT, codec) as writer:

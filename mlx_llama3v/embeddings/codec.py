@@ -5,14 +5,15 @@ with. A codec turns float values [N, D] into named parts whose first axis is N: 
 concatenated into one tensor of a shard and any picture can be read alone.
 
 Trained towers have outlier channels, large in spread or in mean; one scale a token would spend its levels on
-them. So `int8` and `int4` first normalise every channel with an offset and a scale that are fitted once, to the
-first shard (`fit`), and written into every shard: those are the parts that begin with "channel." and have one row.
+them. So `int8` and `int4` first normalise every channel with an offset and a scale that are fitted once, to a sample
+(sample.py), and written into every shard: those are the parts that begin with "channel." and have one row.
 `decode` is written once for NumPy and MLX: training sends codes to the device and dequantizes them there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -34,6 +35,7 @@ class Codec(Protocol):
     """What the store asks of a codec."""
 
     name: str
+    has_channels: bool  # whether it is fitted to anything
 
     def fit(self, values: np.ndarray) -> dict[str, np.ndarray]:
         """Values [N, D] -> the channel parts [1, D], which `encode` takes and `decode` finds among its parts."""
@@ -52,7 +54,9 @@ class Codec(Protocol):
 
 
 class _Sized:
-    """What follows from `rows`."""
+    """What follows from `rows`; and most have channels."""
+
+    has_channels = True
 
     def rows(self, width: int) -> dict[str, tuple[type, int]]:
         """See Codec."""
@@ -67,6 +71,7 @@ class Float16(_Sized):
     """Half precision: relative error 2**-11. Values beyond its range (massive activations) saturate."""
 
     name = "float16"
+    has_channels = False
 
     def fit(self, values: np.ndarray) -> dict[str, np.ndarray]:
         """See Codec: nothing is fitted."""
@@ -221,7 +226,7 @@ def misfit(codec: Codec, parts: Parts, channels: Parts) -> str:
     columns = width(parts, channels)
     expected: dict[str, Any] = {name: (np.dtype(dtype), n) for name, (dtype, n) in codec.rows(columns).items()}
     found = {name: (part.dtype, part.shape[1] if len(part.shape) == 2 else -1) for name, part in parts.items()}
-    if codec.name != "float16":
+    if codec.has_channels:
         expected |= {f"{CHANNEL}{name}": (np.dtype(np.float32), columns) for name in ("offset", "scale")}
     found |= {name: (value.dtype, value.shape[-1] if value.ndim == 2 else -1) for name, value in channels.items()}
     return next((name for name in {**expected, **found} if expected.get(name) != found.get(name)), "")
@@ -234,3 +239,25 @@ def fidelity(values: np.ndarray, decoded: np.ndarray) -> dict[str, float]:
     cosine = np.divide((a * b).sum(1), norms, out=np.ones(len(a)), where=norms > 0).mean() if len(a) else 1.0
     error = float(np.sqrt(((a - b) ** 2).sum() / max((a**2).sum(), 1e-300)))
     return {"cosine": round(float(cosine), 7), "relative_error": round(error, 6)}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Channel parts of a codec, and how faithful it is with them."""
+
+    channels: Parts
+    fidelity: Mapping[str, float]
+
+
+def fit_codec(codec: Codec, pictures: Sequence[np.ndarray]) -> Fit:
+    """Fit it to embeddings [N, D] of pictures. How faithful it is to others is measured on every fourth of them (in
+    turn, so that each serves both ends) with channels fitted to the rest; on a single picture, with its own.
+    """
+    held: list[np.ndarray] = []
+    decoded: list[np.ndarray] = []
+    for turn in range(min(4, len(pictures))):
+        held += pictures[turn::4]
+        rest = [values for i, values in enumerate(pictures) if i % 4 != turn] or pictures
+        channels = codec.fit(np.concatenate(rest))
+        decoded += [codec.decode({**codec.encode(values, channels), **channels}) for values in pictures[turn::4]]
+    return Fit(codec.fit(np.concatenate(pictures)), fidelity(np.concatenate(held), np.concatenate(decoded)))

@@ -3,12 +3,11 @@ thread compresses and writes what was encoded before. All three work at once, ea
 
 Pictures are stored in the order given and nothing depends on timing; a run that was killed goes on where the
 last complete shard ends. All that it had encoded beyond that, or was encoding, takes no more than a shard
-(`_Behind`). Ctrl-C loses only what is under way.
+(`_Behind`), but for the sample that a codec is fitted to before the first one. Ctrl-C loses only what is under way.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import time
@@ -17,36 +16,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from itertools import islice
-from typing import Any, Protocol
 
 import numpy as np
 
-from mlx_llama3v.config import Encoded, Grid, SliceLayout
+from mlx_llama3v.config import Encoded, SliceLayout
 from mlx_llama3v.embeddings.form import Made, gather
+from mlx_llama3v.embeddings.prepare import Encoder, Prepared, prepare
+from mlx_llama3v.embeddings.sample import fit_sample
 from mlx_llama3v.embeddings.writer import StoreWriter
-from mlx_llama3v.errors import ImageError
-from mlx_llama3v.source import Loaded, Source, load_source
+from mlx_llama3v.source import Source
 from mlx_llama3v.vision.encode import Form, as_values
 
 _WINDOW = 4  # batches that are collected before encoding: slices of like shape find each other there
 _WINDOWS = 8  # a shard holds at least: it is closed when two more could exceed it (`_Behind`)
-
-
-class Encoder(Protocol):
-    """What is asked of vision.encode.Encoder."""
-
-    rows: int  # patches that the tower ran over so far, padding included
-
-    def prepare(self, source: Loaded) -> tuple[SliceLayout, list[np.ndarray]]:
-        """Layout and the patches [P_i, C] of each slice; called in threads. Raises ImageError."""
-
-    def encode_as(
-        self, form: Form, slices: Sequence[tuple[Grid, np.ndarray]], batch_size: int
-    ) -> Sequence[Mapping[str, np.ndarray]]:
-        """(patch grid, patches) of slices of any pictures -> what `form` makes of the embeddings [P_i, D] of each."""
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What the store's manifest must say."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +41,7 @@ class EmbedProgress:
     bytes: int  # of embeddings made, as stored
     seconds: float
     waiting_seconds: float  # that the encoder waited for pictures
+    fitting: bool = False  # whether the codec is being fitted, before the first picture
 
 
 @dataclass(frozen=True)
@@ -75,16 +58,6 @@ class EmbedSummary:
     bytes: int  # of the new embeddings, as stored
     seconds: float
     waiting_seconds: float
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """What a thread hands over: a picture, or only its hash when that is stored, or why it cannot be read."""
-
-    sha: str = ""
-    layout: SliceLayout | None = None
-    patches: Sequence[np.ndarray] = ()
-    reason: str = ""
 
 
 @dataclass
@@ -122,10 +95,10 @@ class _Run:
         """About how many pictures hold that many slices, by what was seen so far."""
         return -(-slices * max(1, self.new) // max(1, self.slices))
 
-    def progress(self) -> EmbedProgress:
+    def progress(self, *, fitting: bool = False) -> EmbedProgress:
         done = self.new + self.duplicates + self.reused + self.failed
         seconds = time.perf_counter() - self.started
-        return EmbedProgress(done, self.total, self.slices, self.bytes, seconds, self.waiting_seconds)
+        return EmbedProgress(done, self.total, self.slices, self.bytes, seconds, self.waiting_seconds, fitting)
 
     def summary(self) -> EmbedSummary:
         counts = {f.name: getattr(self, f.name) for f in fields(EmbedSummary) if f.name != "seconds"}
@@ -140,6 +113,7 @@ def embed_images(
     batch_size: int = 8,
     workers: int | None = None,
     progress: Callable[[EmbedProgress], None] | None = None,
+    whole: Sequence[Source] = (),
 ) -> EmbedSummary:
     """Put every (name, path) that is not there yet into the store, and flush it.
 
@@ -150,6 +124,7 @@ def embed_images(
         batch_size: slices in the tower at a time.
         workers: threads that open, split and cut pictures; default: one a core, at most eight.
         progress: called in this thread after every picture that was taken up; keep it cheap.
+        whole: the pictures of which these are a part: a new store's codec is fitted to a sample of all of them.
 
     Raises:
         StoreError: the store cannot be written, or belongs to another encoder.
@@ -160,6 +135,13 @@ def embed_images(
     todo = [(name, path) for name, path in names.items() if not writer.has(name)]
     run.reused = run.total - len(todo)
     workers = workers or min(8, os.cpu_count() or 1)
+    if todo and not writer.fitted:
+        if progress is not None:
+            progress(run.progress(fitting=True))
+        sources = whole or [source for _, source in todo]
+        fit = fit_sample(writer.codec, sources, encoder, writer.post, batch_size=batch_size, workers=workers)
+        if fit is not None:
+            writer.fit(fit)
     most = batch_size * _WINDOW
     window = _Window()
     with _Behind(writer, run) as behind:
@@ -265,15 +247,15 @@ def _prepare_ahead(
     workers: int,
     window: int,
     run: _Run,
-) -> Iterator[tuple[str, _Prepared]]:
+) -> Iterator[tuple[str, Prepared]]:
     """Prepared pictures in the order given. While one window is encoded, the threads prepare the next one."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="prepare")
-    ahead: deque[tuple[str, Future[_Prepared]]] = deque()
+    ahead: deque[tuple[str, Future[Prepared]]] = deque()
     waiting = iter(todo)
     try:
         while True:
             for name, path in islice(waiting, max(0, workers + run.ahead(window) - len(ahead))):
-                ahead.append((name, pool.submit(_prepare, path, encoder, writer.has_hash)))
+                ahead.append((name, pool.submit(prepare, path, encoder, writer.has_hash)))
             if not ahead:
                 return
             name, future = ahead.popleft()
@@ -285,24 +267,7 @@ def _prepare_ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def _prepare(source: Source, encoder: Encoder, has_hash: Callable[[str], bool]) -> _Prepared:
-    """Runs in a thread. The hash comes first, so that bytes which are stored cost no decoding."""
-    try:
-        loaded = load_source(source)
-    except FileNotFoundError:
-        return _Prepared(reason=f"{source} does not exist.")
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        return _Prepared(reason=f"{source} cannot be read: {getattr(error, 'strerror', None) or error}.")
-    sha = hashlib.sha256(loaded.content).hexdigest()
-    if has_hash(sha):
-        return _Prepared(sha)
-    try:
-        return _Prepared(sha, *encoder.prepare(loaded))
-    except ImageError as error:
-        return _Prepared(sha, reason=str(error))
-
-
-def _take(name: str, prepared: _Prepared, window: _Window, behind: _Behind, run: _Run) -> None:
+def _take(name: str, prepared: Prepared, window: _Window, behind: _Behind, run: _Run) -> None:
     """Sort one picture in: failed, known, or waiting for the encoder."""
     if prepared.sha in behind.hashes:
         behind.wait()  # then the writer knows whether it has it

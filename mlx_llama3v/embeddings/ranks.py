@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import mlx.core as mx
 
+from mlx_llama3v.embeddings.codec import Fit
 from mlx_llama3v.embeddings.lock import Lock
 from mlx_llama3v.embeddings.store import MANIFEST, Store
 from mlx_llama3v.embeddings.tools import merge
@@ -46,6 +47,10 @@ class Ranks:
         left = [name for name in images if name not in have]
         self._wait()  # nobody writes before all have read
         return {name: images[name] for name in left[self.rank :: self.size]}
+
+    def fit(self) -> Fit | None:
+        """Of the common store, if it has one: what is added to it is coded in the same way. Raises StoreError."""
+        return Store(self._output).fit if (self._output / MANIFEST).exists() else None
 
     def collect(self) -> None:
         """Move every part into the common store, once all ranks are here. Raises StoreError."""

@@ -58,6 +58,8 @@ class RollingWriter:
     Nothing is known in advance (`has` is always false): what was read is gone. Call `end` after the last picture.
     """
 
+    fitted = True
+
     def __init__(
         self,
         path: Path,

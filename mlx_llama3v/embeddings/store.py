@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from mlx_llama3v.config import Encoded, SliceLayout
-from mlx_llama3v.embeddings.codec import Codec, Parts, get_codec, misfit, saturate, width
+from mlx_llama3v.embeddings.codec import Codec, Fit, Parts, get_codec, misfit, saturate, width
 from mlx_llama3v.embeddings.index import Index, distinct_layouts
 from mlx_llama3v.embeddings.shard import SCHEMA, OpenFile, Shard, damaged, read_shard, write_atomic
 from mlx_llama3v.errors import StoreError
@@ -45,7 +45,7 @@ class Manifest:
     fingerprint: dict[str, Any]
     codec: str
     post: dict[str, Any] = field(default_factory=dict)  # what was done before the codec (vision/pool.py, projected.py)
-    fidelity: dict[str, float] = field(default_factory=dict)  # of the codec, on the first pictures
+    fidelity: dict[str, float] = field(default_factory=dict)  # of the codec (codec.fit_codec)
 
     @property
     def digest(self) -> str:
@@ -215,6 +215,12 @@ class Store:
     def width(self) -> int:
         """D of the embeddings; 0 in an empty store."""
         return next((width(shard.parts, shard.channels) for shard in self.shards if shard.index.pictures), 0)
+
+    @property
+    def fit(self) -> Fit | None:
+        """Of the codec, as the first shard has it; None in an empty store."""
+        channels = next((shard.channels for shard in self.shards if shard.index.pictures), None)
+        return None if channels is None else Fit(channels, self.manifest.fidelity)
 
     def info(self) -> dict[str, Any]:
         """JSON-ready facts: names, images (distinct), slices, tokens (embeddings), bytes, ..."""

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlx_llama3v.config import Encoded, SliceLayout
-from mlx_llama3v.embeddings.codec import fidelity, get_codec
+from mlx_llama3v.embeddings.codec import Fit, fit_codec, get_codec
 from mlx_llama3v.embeddings.form import Made, choose_form
 from mlx_llama3v.embeddings.lock import Lock
 from mlx_llama3v.embeddings.shard import Parts, Picture, Shard, write_atomic, write_shard
@@ -35,8 +35,7 @@ from mlx_llama3v.vision.encode import Form
 
 DAMAGE = "damage.json"  # names of shards that `verify` found damaged: the next writer sets them aside
 _MAX_NAMES = 1 << 16  # of one shard: keeps its index small where pictures are tiny
-_SAMPLE_BYTES = 64 << 20  # of float32 values that a codec's channels are fitted to
-_SAMPLE_ROWS = 4096  # of them that the fidelity is computed on
+_UNFITTED_BYTES = 64 << 20  # of float32 values that wait for the codec to be fitted to them, where nobody did before
 
 
 class Post(Protocol):
@@ -110,14 +109,14 @@ class StoreWriter:
         self.set_aside = _set_damaged_aside(self.path, self.manifest)
         store = Store(self.path)
         self._index, self._width, self._failures = store.index, store.width, dict(store.failures)
-        self._channels = next((shard.channels for shard in store.shards if shard.index.pictures), None)
+        self._channels = None if store.fit is None else store.fit.channels
         self._number = max(numbers, default=-1) + 1
         self._hashes: set[str] = set()  # of this run
         self._names: dict[str, str] = {}
         self._unfitted: list[tuple[str, Encoded]] = []
         self._pictures: list[Picture] = []
         self._new_names: dict[str, str] = {}
-        self.pending_bytes = self._sample_bytes = 0
+        self.pending_bytes = self._unfitted_bytes = 0
         self._failures_changed = False
 
     def require(self, fingerprint: Mapping[str, Any]) -> None:
@@ -150,8 +149,19 @@ class StoreWriter:
         """
         return self.put(name, sha, encoded if self.has_hash(sha) else self.ready(name, encoded))
 
+    @property
+    def fitted(self) -> bool:
+        """Whether the codec needs no `fit`: this store has pictures, or the codec has no channels."""
+        return self._channels is not None or not self.codec.has_channels
+
+    def fit(self, found: Fit) -> None:
+        """Encode with these channels, and say in the manifest how well that does. Raises StoreError."""
+        self.manifest = replace(self.manifest, fidelity=dict(found.fidelity))
+        self.manifest.write(self.path)
+        self._channels = found.channels
+
     def form(self) -> Form:
-        """What `Encoder.encode_as` should make for this store: codes on a GPU, once there is a first shard's sample."""
+        """What `Encoder.encode_as` should make for this store: codes on a GPU, once the codec is fitted."""
         return choose_form(self.codec, self._channels, self.post is not None, self._on_device)
 
     def ready(self, name: str, made: Made) -> Made:
@@ -177,9 +187,9 @@ class StoreWriter:
                 self._pictures.append((sha, *made))
             elif self._channels is None:
                 self._unfitted.append((sha, made))
-                self._sample_bytes += 4 * made.patches.size
-                if self._sample_bytes >= _SAMPLE_BYTES:
-                    self._fit()
+                self._unfitted_bytes += 4 * made.patches.size
+                if self._unfitted_bytes >= _UNFITTED_BYTES:
+                    self._settle()
             else:
                 self._pictures.append((sha, made.layout, self.codec.encode(made.patches, self._channels)))
         self.alias(name, sha)
@@ -203,7 +213,7 @@ class StoreWriter:
 
     def flush(self) -> None:
         """Write what waits as one shard. Raises StoreError when the disk refuses; then it still waits."""
-        self._fit()
+        self._settle()
         if self._new_names:
             self._write(self._pictures, self._new_names, self._channels or {})
             self._pictures, self._new_names, self.pending_bytes = [], {}, 0
@@ -265,18 +275,13 @@ class StoreWriter:
         if not all(np.isfinite(values).all() for values in arrays):
             raise StoreError(f"{name!r}: the encoder gave values that are not finite; its weights are damaged.")
 
-    def _fit(self) -> None:
-        """Fit the codec to the pictures that wait for that, say in the manifest how well it does, and encode them."""
+    def _settle(self) -> None:
+        """Encode the pictures that wait for a fit: nobody fitted the codec, so it is fitted to them."""
         if not self._unfitted:
             return
-        sample = np.concatenate([encoded.patches for _, encoded in self._unfitted])
-        channels = self.codec.fit(sample)
-        few = sample[:: -(-len(sample) // _SAMPLE_ROWS)]
-        found = fidelity(few, self.codec.decode({**self.codec.encode(few, channels), **channels}))
-        self.manifest = replace(self.manifest, fidelity=found)
-        self.manifest.write(self.path)
-        self._channels = channels
-        self._pictures = [(sha, at.layout, self.codec.encode(at.patches, channels)) for sha, at in self._unfitted]
+        found = fit_codec(self.codec, [encoded.patches for _, encoded in self._unfitted])
+        self.fit(found)
+        self._pictures = [(sha, at.layout, self.codec.encode(at.patches, found.channels)) for sha, at in self._unfitted]
         self._unfitted = []
 
     def close(self) -> None:
