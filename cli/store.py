@@ -63,12 +63,17 @@ def verify(store: Path_) -> None:
 def prune(
     store: Path_,
     keep: Annotated[Path, typer.Option("--keep", help="Data file or folder whose pictures stay.", show_default=False)],
+    force: Annotated[
+        bool, typer.Option("--force", help="Go by the data even where it cannot be read in full.")
+    ] = False,
 ) -> None:
     """Drop every picture that a data set does not use. Interrupt it at any time; the same command goes on.
 
+    Refused while a part of the data cannot be read (a cut tar, a missing file, a record with a mistake).
+
     Example: `llama3v-mlx store prune my-store --keep captions.json`
     """
-    names = picture_names(keep)
+    names = picture_names(keep, partly=force)
     with show.bar("prune", "shards") as bar:
         dropped, freed = tools.prune(store, names, lambda done, total: bar.update(done, total, ""))
     show.out.print(f"{store}: {dropped:,} pictures dropped, {show.size(freed)} freed.")

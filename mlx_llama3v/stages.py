@@ -186,9 +186,20 @@ def embed_data(
     return report
 
 
-def picture_names(data: Path) -> list[str]:
-    """Names of all pictures of a data set, as a store knows them. Raises DataError."""
-    return [*read_data(data).names]
+def picture_names(data: Path, *, partly: bool = False) -> list[str]:
+    """Names of all pictures of a data set, as a store knows them.
+
+    Raises DataError: nothing usable there; StoreError: only a part could be read, unless `partly`.
+    """
+    read = read_data(data)
+    if read.problems and not partly:
+        some = "; ".join(str(problem).rstrip(".") for problem in read.problems[:3])
+        raise StoreError(
+            f"{data} cannot be read in full, so pictures that it needs might be dropped: {len(read.problems):,} "
+            f"{'problem' if len(read.problems) == 1 else 'problems, the first'}: {some}; mend the data, or give "
+            "--force to keep only what can be read."
+        )
+    return [*read.names]
 
 
 def train_stage(

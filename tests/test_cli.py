@@ -258,7 +258,7 @@ def test_store_info_and_verify(cli: Cli, world: World) -> None:
 
 
 def test_ctrl_c_in_any_command_is_told(cli: Cli, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(data: Path) -> None:
+    def interrupted(data: Path, *, partly: bool) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mlx_llama3v.cli.store.picture_names", interrupted)
@@ -273,6 +273,21 @@ def test_store_mistakes(cli: Cli, world: World, tmp_path: Path) -> None:
     shard = next(copy.glob("shard-*.safetensors"))
     os.truncate(shard, shard.stat().st_size - 100)
     refused(cli("store", "info", copy), shard.name)
+
+
+def test_prune_refuses_to_go_by_data_that_it_cannot_read(cli: Cli, world: World, tmp_path: Path) -> None:
+    copy, keep = tmp_path / "copy", tmp_path / "keep.json"
+    shutil.copytree(world.store, copy)
+    rows = json.loads(world.data.captions.read_text())
+    for row in rows[2:6]:
+        row["conversations"] = "lost"
+    keep.write_text(json.dumps(rows))
+    prune = ("store", "prune", copy, "--keep", keep)
+    refused(cli(*prune), "keep.json", "4 problems", "record 3", "record 5", "--force")
+    assert json.loads(cli("store", "info", copy, "--json").out)["images"] == 8
+    forced = cli(*prune, "--force")
+    assert forced.status == 0 and "4 pictures dropped" in forced.out, forced
+    assert "cannot be read" not in forced.err and json.loads(cli("store", "info", copy, "--json").out)["images"] == 4
 
 
 # --- train
