@@ -19,6 +19,7 @@ import mlx.nn as nn
 from mlx_llama3v.compat import linear_to_lora_layers
 from mlx_llama3v.config import ImageConfig, ModelConfig, SiglipTextConfig, VisionConfig, known
 from mlx_llama3v.directory import replacing
+from mlx_llama3v.durable import sync
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.hub import resolve
 from mlx_llama3v.model import Llama3V, quantize_layers
@@ -34,7 +35,6 @@ from mlx_llama3v.tensors import (
     read_tensors,
     refuse,
     save_safetensors_atomic,
-    sync,
     write_shards,
     write_text,
 )

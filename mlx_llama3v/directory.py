@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
+from mlx_llama3v.durable import sync
 from mlx_llama3v.errors import CheckpointError
-from mlx_llama3v.tensors import read_json, sync
+from mlx_llama3v.tensors import read_json
 
 # What a checkpoint consists of, beside weights: also what is copied, and what may be replaced.
 TOKENIZER_FILES = (

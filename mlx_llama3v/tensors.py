@@ -22,6 +22,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_llama3v.durable import sync
 from mlx_llama3v.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -163,15 +164,6 @@ def save_safetensors_atomic(
     finally:
         partial.unlink(missing_ok=True)
     sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a directory."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_shards(

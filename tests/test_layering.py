@@ -14,7 +14,7 @@ PACKAGE = "mlx_llama3v"
 
 # Left may not import right; names in one group may import each other unless they are set APART.
 ORDER = (
-    ("errors", "version", "knob", "platform", "layout", "source", "config", "lanes", "kernels"),
+    ("errors", "version", "knob", "platform", "layout", "source", "config", "lanes", "kernels", "durable"),
     ("tensors", "directory"),
     ("hub",),
     ("vision", "text"),

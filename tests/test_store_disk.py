@@ -24,7 +24,7 @@ def full_disk(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("call", ["_sync", "_view"])  # at the end, and in the middle of writing
+@pytest.mark.parametrize("call", ["flush", "_view"])  # at the end, and in the middle of writing
 def test_a_full_disk_loses_nothing_that_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     fill(tmp_path, range(4))
     before = files(tmp_path)
@@ -34,7 +34,7 @@ def test_a_full_disk_loses_nothing_that_was_made(tmp_path: Path, monkeypatch: py
     calls = iter(range(100))
 
     def failing(*args: Any) -> Any:
-        return full_disk() if call == "_sync" or next(calls) > 9 else real(*args)
+        return full_disk() if call == "flush" or next(calls) > 9 else real(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(shard, call, failing)
@@ -56,7 +56,7 @@ def test_a_full_disk_ends_the_block_with_that_one_error(tmp_path: Path, monkeypa
 
     with monkeypatch.context() as patch, pytest.raises(StoreError, match="No space left"):
         with StoreWriter(tmp_path, FINGERPRINT, shard_bytes=1) as writer:
-            patch.setattr(shard, "_sync", failing)
+            patch.setattr(shard, "flush", failing)
             writer.add("0.jpg", sha(0), picture(0))
         pytest.fail("not raised")
     assert tries == [1]  # the end of the block does not try again
@@ -96,7 +96,7 @@ import tests.test_store_disk as t
 from mlx_llama3v.embeddings import shard
 path, call, at, pause = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 if call:
-    module = shard if call.startswith("_") else os
+    module = os if call == "replace" else shard
     real, count = getattr(module, call), iter(range(10**9))
     def dying(*args, **kwargs):
         if next(count) == at: os.kill(os.getpid(), signal.SIGKILL)
@@ -119,14 +119,14 @@ def child(path: Path, call: str = "", at: int = -1, pause: float = 0.0) -> subpr
 
 @pytest.mark.parametrize(
     ("call", "at"),
-    [("_sync", 0), ("_view", 15), ("_sync", 4), ("replace", 3), ("_sync_directory", 5)],
+    [("flush", 0), ("_view", 15), ("flush", 4), ("replace", 3), ("sync", 5)],
     ids=["before the manifest", "in a shard", "before fsync", "before rename", "after rename"],
 )
 def test_killed_at_each_step_of_a_write(tmp_path: Path, call: str, at: int) -> None:
     process = child(tmp_path, call, at)
     process.communicate(timeout=60)
     assert process.returncode == -9
-    assert any(name.endswith(".tmp") for name in files(tmp_path)) is (call != "_sync_directory")
+    assert any(name.endswith(".tmp") for name in files(tmp_path)) is (call != "sync")
     if at:
         have = contents(tmp_path)
         assert have == expected(range(len(have))) and len(have) < COUNT

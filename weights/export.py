@@ -20,6 +20,7 @@ from mlx.utils import tree_unflatten
 from mlx_llama3v.checkpoint import load_run, read_model
 from mlx_llama3v.config import ModelConfig, TilingConfig
 from mlx_llama3v.directory import LEGAL_FILES, TOKENIZER_FILES, write_directory
+from mlx_llama3v.durable import sync
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.hub import resolve
 from mlx_llama3v.model import Llama3V
@@ -29,7 +30,6 @@ from mlx_llama3v.tensors import (
     read_json,
     read_tensors,
     save_safetensors_atomic,
-    sync,
     write_shards,
     write_text,
 )

@@ -14,7 +14,8 @@ from typing import Any
 
 from mlx_llama3v.config import ModelConfig, TilingConfig
 from mlx_llama3v.directory import LEGAL_FILES, write_directory
-from mlx_llama3v.tensors import parameters, read_tensors, sync
+from mlx_llama3v.durable import sync
+from mlx_llama3v.tensors import parameters, read_tensors
 from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.version import __version__
 from mlx_llama3v.weights.card import base_models

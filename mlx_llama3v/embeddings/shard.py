@@ -4,8 +4,8 @@ Its tensors are the codec's parts [N, ...], one row a patch embedding; the codec
 rows share; and the index (index.py): which pictures lie where, and which names stand for which content hash.
 
 Reading takes header and index once and then only the bytes of the wanted picture. Plain positioned reads are used
-rather than a memory map: they are twice as fast for a copy, hold no file open (a large store has more shards
-than a process may have open files), and a file that was cut short under us is an error instead of a SIGBUS.
+rather than a memory map: they are twice as fast for a copy, any file may be closed at any time (a large store has more
+shards than a process may have open files), and a file that was cut short under us is an error instead of a SIGBUS.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from mlx_llama3v.config import SliceLayout
+from mlx_llama3v.durable import flush, sync
 from mlx_llama3v.embeddings.codec import CHANNEL
 from mlx_llama3v.embeddings.index import TENSORS, ShardIndex
 from mlx_llama3v.errors import DamagedError, StoreError
@@ -284,9 +285,9 @@ def write_atomic(path: Path, chunks: Iterable[bytes | np.ndarray]) -> None:
             for chunk in chunks:
                 file.write(_view(chunk))
             file.flush()
-            _sync(file.fileno())
+            flush(file.fileno())
         os.replace(temporary, path)
-        _sync_directory(path.parent)
+        sync(path.parent)
     except OSError as error:
         with suppress(OSError):  # where the directory is read-only now, it stays until a writer can clean up
             temporary.unlink()
@@ -295,26 +296,6 @@ def write_atomic(path: Path, chunks: Iterable[bytes | np.ndarray]) -> None:
             f"{path} cannot be written ({error.strerror or error}); everything stored before it is safe: "
             f"{first}run the same command again."
         ) from error
-
-
-def _sync(descriptor: int) -> None:
-    """fsync; on macOS that alone leaves the data in the drive's cache."""
-    full = getattr(fcntl, "F_FULLFSYNC", None)
-    if full is not None:
-        with suppress(OSError):  # network volumes do not know it
-            fcntl.fcntl(descriptor, full)
-            return
-    os.fsync(descriptor)
-
-
-def _sync_directory(path: Path) -> None:
-    """Make a rename durable, where the file system can (the rename itself is atomic everywhere)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _checksum(header: dict[str, Any], blocks: Iterable[bytes | np.ndarray]) -> str:

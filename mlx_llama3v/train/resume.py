@@ -23,9 +23,10 @@ import numpy as np
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_map_with_path
 
+from mlx_llama3v.durable import sync
 from mlx_llama3v.embeddings.store import MANIFEST
 from mlx_llama3v.errors import RunError
-from mlx_llama3v.tensors import load_file, mismatches, read_json, save_safetensors_atomic, sync, write_text
+from mlx_llama3v.tensors import load_file, mismatches, read_json, save_safetensors_atomic, write_text
 
 CHECKPOINTS = "checkpoints"
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
