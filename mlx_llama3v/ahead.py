@@ -149,7 +149,10 @@ class Ahead:
         write_atomic(target / SPEC, [json.dumps(asdict(self._config)).encode()])
         command = [sys.executable, "-c", _CHILD, str(target), str(os.getpid())]
         with open(self._directory / LOG, "wb") as log:
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            # Ctrl-C reaches all of a session. It is for the parent, which saves what was trained and ends this process.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
         return target
 
     def _check(self) -> None:

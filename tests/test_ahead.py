@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from mlx_llama3v import ahead as ahead_module
 from mlx_llama3v.ahead import CHANNELS, Ahead, AheadConfig
+from mlx_llama3v.cli.interrupt import interruptible
 from mlx_llama3v.demo.dataset import DataSet, draw
 from mlx_llama3v.embeddings.codec import fidelity
+from mlx_llama3v.embeddings.lock import LOCK, Lock
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.errors import StoreError
 from mlx_llama3v.stages import embed_data, train_stage
@@ -155,6 +161,19 @@ def test_an_encoder_that_dies_is_an_error_not_a_hang(model: Path, data: DataSet,
                 ahead.store.begin(turn)
 
 
+def test_who_waits_for_the_encoder_is_let_go(model: Path, data: DataSet, tmp_path: Path) -> None:
+    """Else a run that ends, or is told to, would wait for one more batch."""
+    with Ahead(tmp_path, AheadConfig(str(model), BUDGET, "float16"), images(data)) as ahead:
+        ahead.store.expect([(0, [*images(data)][:2])])
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(ahead.store.begin, 1)  # never comes
+            ahead.store.leave()
+            with pytest.raises(StoreError, match="is read no more"):
+                waiting.result(10)
+        ahead.store.expect([(0, [*images(data)][:2])])
+        ahead.store.begin(0)
+
+
 def test_the_encoder_ends_with_its_parent(model: Path, data: DataSet, tmp_path: Path) -> None:
     paths = images(data)
     ahead = Ahead(tmp_path, AheadConfig(str(model), BUDGET, "float16"), paths)
@@ -172,9 +191,9 @@ def settings(**more: Any) -> TrainConfig:
     return TrainConfig("pretrain", steps_per_report=1, **{**values, **more})
 
 
-def ahead(model: Path, data: DataSet, folder: Path, **more: Any) -> TrainResult:
+def ahead(model: Path, data: DataSet, folder: Path, batch_size: int = 16, **more: Any) -> TrainResult:
     """A run whose pictures are embedded while it trains."""
-    config = AheadConfig(str(model), BUDGET, "float16")
+    config = AheadConfig(str(model), BUDGET, "float16", batch_size=batch_size)
     places = model, data.captions, folder / "ahead", folder / "run"
     with undrawn():
         return train_stage(*places, settings(), ahead=config, image_folder=data.images, **more)
@@ -200,6 +219,51 @@ def test_a_run_is_that_of_a_full_store(model: Path, data: DataSet, whole: Store,
     mine, theirs = (load_file(tmp_path / name / "projector.safetensors") for name in ("run", "full"))
     for name, value in theirs.items():
         np.testing.assert_allclose(np.array(mine[name]), np.array(value), rtol=1e-2, atol=2e-3)
+
+
+SLOW = """
+import time
+from mlx_llama3v.embeddings import embed
+from mlx_llama3v.vision.encode import Encoder
+made, embed._WINDOW = Encoder.encode_as, 1
+Encoder.encode_as = lambda *given: (time.sleep(0.1), made(*given))[1]
+"""
+
+
+def waiting(model: Path, data: DataSet, folder: Path) -> None:
+    """A run that waits for its encoder most of the time, in a session of its own as from a terminal."""
+    os.setsid()
+    ahead_module._CHILD = SLOW + ahead_module._CHILD
+    with interruptible() as stop:
+        stopped = ahead(model, data, folder, batch_size=1, callbacks=Callbacks(stop=stop)).stopped
+    (folder / "stopped").write_text(str(stopped))
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_waits_for_its_encoder_is_ended(
+    model: Path, data: DataSet, tmp_path: Path, how: signal.Signals
+) -> None:
+    """By Ctrl-C, which a terminal sends to all: what was trained is saved. The encoder ends with any run."""
+    process = start(waiting, model, data, tmp_path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.is_alive() and not (
+        metrics.exists() and metrics.read_text() and [*tmp_path.glob("ahead/rolling-*/wanted.json")]
+    ):
+        time.sleep(0.005)
+    (rolling,) = tmp_path.glob("ahead/rolling-*")
+    assert process.pid is not None and (rolling / LOCK).read_text()
+    (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
+    process.join(60)
+    if how == signal.SIGINT:
+        done = int((tmp_path / "stopped").read_text())
+        assert process.exitcode == 0 and not rolling.exists()
+        assert (tmp_path / "run" / "checkpoints" / f"step-{done:07}").exists()
+    else:
+        for _ in range(50):
+            with suppress(StoreError):
+                return Lock(rolling).release()
+            time.sleep(0.1)
+        raise AssertionError("the encoder lives on")
 
 
 def test_a_budget_below_one_picture_is_refused(model: Path, data: DataSet, tmp_path: Path) -> None:

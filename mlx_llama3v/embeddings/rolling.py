@@ -222,7 +222,7 @@ class RollingStore:
         self.codec = get_codec(manifest.codec)
         self.failures = dict(problems)
         self._layouts, self._held, self._check, self._start = layouts, held, check, start
-        self._turn = -1
+        self._turn, self._left = -1, False
         self._shards: dict[Path, int] = {}  # with the last turn that reads it
         self._where: dict[str, tuple[Shard, int]] = {}
 
@@ -261,23 +261,29 @@ class RollingStore:
         """What will be read, turn by turn: the writer starts on it."""
         if self._start is not None:
             self.path = self._start(turns)
-        self._turn, self._shards, self._where = -1, {}, {}
+        self._turn, self._left, self._shards, self._where = -1, False, {}, {}
 
     def begin(self, turn: int) -> None:
         """Reads from now on are those of `turn`: delete what only earlier ones read, and wait until they are there.
 
-        Raises StoreError where the writer has ended.
+        Raises StoreError where the writer has ended, or nothing is to be read any more.
         """
         self._turn = turn
         self._forget(turn)
         if _number(self.path / AHEAD) < turn:
             write_atomic(self.path / WANTED, [json.dumps({"turn": turn}).encode()])
             while _number(self.path / AHEAD) < turn:
+                if self._left:
+                    raise StoreError(f"{self.path} is read no more.")
                 self._check()
                 time.sleep(_PAUSE)
                 self._forget(turn)
             (self.path / WANTED).unlink(missing_ok=True)
         self._forget(turn)
+
+    def leave(self) -> None:
+        """Nothing is read any more: who waits in `begin` is let go."""
+        self._left = True
 
     def read_coded(self, name: str) -> Coded:
         """See Store; a picture that turned out to be unreadable is blank (zeros), and among the `failures`."""

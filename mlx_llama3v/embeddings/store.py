@@ -106,6 +106,7 @@ class Reader(Protocol):
     def announce(self, names: Iterable[str]) -> None: ...
     def expect(self, turns: Iterable[tuple[int, Sequence[str]]]) -> None: ...
     def begin(self, turn: int) -> None: ...
+    def leave(self) -> None: ...
 
 
 def described(store: Reader) -> dict[str, Any]:
@@ -210,6 +211,9 @@ class Store:
 
     def begin(self, turn: int) -> None:
         """Told that a batch is read now. Nothing to do."""
+
+    def leave(self) -> None:
+        """Told that nothing is read any more. Nothing to do."""
 
     @property
     def width(self) -> int:

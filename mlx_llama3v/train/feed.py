@@ -69,6 +69,7 @@ class Feed:
             while waiting:
                 yield waiting.popleft().result()
         finally:
+            self._store.leave()
             pool.shutdown(cancel_futures=True)
 
     def _collate(self, number: int) -> list[Batch]:
