@@ -14,6 +14,7 @@ from mlx_llama3v.cli.options import Config, MaxSlices, Model, Offline, settings_
 from mlx_llama3v.data.records import Problem
 from mlx_llama3v.embeddings.codec import CODECS
 from mlx_llama3v.embeddings.codec import DEFAULT as DEFAULT_CODEC
+from mlx_llama3v.embeddings.damage import Losses
 from mlx_llama3v.embeddings.embed import EmbedProgress
 from mlx_llama3v.errors import DataError
 from mlx_llama3v.estimate import Estimate
@@ -92,13 +93,19 @@ def embed(
     if json:
         raise DataError("--json belongs to --estimate; `llama3v-mlx store info --json` describes the store itself.")
     settings |= {"check_disk": check_disk, "shard_bytes": shard_size << 20}
+    losses = Losses(show.warn)
     with show.bar("embed", "images") as bar:
-        report = embed_data(model, data, output, **settings, progress=lambda p: bar.update(p.done, p.total, _note(p)))
+        settings["progress"] = lambda p: bar.update(p.done, p.total, _note(p))
+        report = embed_data(model, data, output, **settings, losses=losses)
     print_report(report)
     done = report.summary
     if done.failed and not (done.new or done.duplicates or done.reused):
         raise DataError(f"not one picture of {data} could be read; --image-folder says where their names start.")
     _check_all_read(strict, len(report.problems), "could not be read")
+    if strict and report.damage:
+        raise DataError(
+            f"{show.plural(len(report.damage), 'damaged shard')} of {output}; --strict makes that an error."
+        )
 
 
 def _estimate(model: str, data: Path, output: Path, settings: dict[str, Any], json: bool, strict: bool) -> None:
@@ -163,6 +170,7 @@ def _print_problems(problems: Sequence[Problem], where: str, most: int = 20) -> 
 def print_report(report: EmbedReport) -> None:
     """What was left out and why, and what the store holds now."""
     _print_problems(report.problems, f"; pictures are listed in {report.store}/failures.jsonl")
+    show.lost(report.store, report.lost)
     summary, info = report.summary, report.info
     show.out.print(
         f"{summary.new:,} pictures encoded ({summary.slices:,} slices), {summary.reused:,} were there, "

@@ -73,6 +73,17 @@ def leftovers(target: Path) -> None:
         err.print(f"note: {path} ({size(held)}) was left by a command that was killed; delete it.")
 
 
+def warn(sentence: str) -> None:
+    """A sentence on stderr, as it is."""
+    err.print(sentence, markup=False)
+
+
+def lost(store: Path, count: int) -> None:
+    """Say how many names a store lost to damaged shards."""
+    if count:
+        warn(f"{plural(count, 'name')} of damaged shards not in {store} now: run `llama3v-mlx embed` on their data.")
+
+
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table on stdout; the first column is text, the others are numbers."""
     made = Table(title=title, title_justify="left")

@@ -9,6 +9,7 @@ import typer
 
 from mlx_llama3v.cli import show
 from mlx_llama3v.embeddings import tools
+from mlx_llama3v.embeddings.damage import Losses
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.errors import StoreError
 from mlx_llama3v.stages import picture_names
@@ -50,9 +51,9 @@ def verify(store: Path_) -> None:
     with show.bar("verify", "shards") as bar:
         found = tools.verify(store, lambda done, total: bar.update(done, total, ""))
     for why in found.values():
-        show.err.print(why, markup=False)
+        show.warn(why)
     if found:
-        raise StoreError(f"{store}: {show.plural(len(found), 'damaged shard')}; all others are whole.")
+        raise StoreError(f"{store}: {show.plural(len(found), 'shard')} damaged or unreadable; all others are whole.")
     opened = Store(store)
     show.out.print(
         f"{store}: {show.plural(len(opened), 'image')} in {show.plural(len(opened.shards), 'shard')}, all whole."
@@ -88,11 +89,14 @@ def merge(
 
     Example: `llama3v-mlx store merge store-a store-b --output store`
     """
+    losses = Losses(show.warn)
     with show.bar("merge", "shards") as bar:
-        counts = tools.merge(stores, output, lambda done, total: bar.update(done, total, ""))
+        counts = tools.merge(stores, output, lambda done, total: bar.update(done, total, ""), losses=losses)
     if counts["conflicts"]:
         show.err.print(f"{counts['conflicts']:,} names stand for another picture in a later store; the first counts.")
-    info = Store(output).info()
+    merged = Store(output)
+    show.lost(output, losses.left(merged))
+    info = merged.info()
     show.out.print(
         f"Store: {output} ({info['images']:,} images, {show.size(info['bytes'])}; {counts['images']:,} added, "
         f"{counts['duplicates']:,} were there)"

@@ -29,6 +29,14 @@ class StoreError(UserError):
 class DamagedError(StoreError):
     """A shard whose bytes are not what was written: cut short, bits flipped."""
 
+    @property
+    def finding(self) -> str:
+        """The message without what to do."""
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        return f"{self.finding}; run the same `embed` again to make it anew."
+
 
 class RunError(UserError):
     """A training run that cannot start or go on: settings that clash, an incomplete checkpoint."""

@@ -17,6 +17,7 @@ from mlx_llama3v.data.dataset import DataSet, read_data
 from mlx_llama3v.data.records import Problem, Record
 from mlx_llama3v.data.sources import Refused
 from mlx_llama3v.embeddings.codec import DEFAULT as DEFAULT_CODEC
+from mlx_llama3v.embeddings.damage import Losses
 from mlx_llama3v.embeddings.embed import EmbedProgress, EmbedSummary, embed_images
 from mlx_llama3v.embeddings.ranks import Ranks
 from mlx_llama3v.embeddings.rolling import NoPictures
@@ -50,6 +51,8 @@ class EmbedReport:
     summary: EmbedSummary
     info: dict[str, Any]
     problems: tuple[Problem, ...]
+    damage: tuple[str, ...]  # a sentence a shard that was set aside
+    lost: int  # names that these shards held and the store has no more
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: what was done, at which rates, with how much memory, on which machine."""
@@ -62,6 +65,7 @@ class EmbedReport:
             "padding_share": 1 - summary.patches / max(summary.rows, 1) if summary.patches else 0.0,
         }
         known = {"peak_memory": peak_memory(), "store": self.info, "problems": len(self.problems)}
+        known |= {"damage": [*self.damage], "lost": self.lost}
         return {**asdict(summary), **rates, **known, "machine": machine()}
 
 
@@ -134,6 +138,7 @@ def embed_data(
     max_slices: int | None = None,
     offline: bool = False,
     progress: Callable[[EmbedProgress], None] | None = None,
+    losses: Losses | None = None,
 ) -> EmbedReport:
     """Encode every picture of `data` (see data.dataset.read_data) into the store `output`.
 
@@ -148,6 +153,7 @@ def embed_data(
         pool: store the mean over pool x pool patches; default: the model's own (`patch_pool`).
         shard_bytes: of a shard at most, what is under way included: a kill costs that much (embeddings.embed).
         after_projector: a run (or its projector.safetensors): store that projector's output, for stage sft.
+        losses: takes what the store lost to damaged shards, as soon as they are found.
     """
     if (output / "config.json").exists():
         raise StoreError(f"{output} holds a model or a run; choose another directory for the store.")
@@ -159,9 +165,10 @@ def embed_data(
     encoder = load_encoder(model, max_slices=max_slices, offline=offline)
     config = load_config(resolve(model, offline=offline))
     post = load_post(config, pool, after_projector)
-    ranks = Ranks(output)
+    losses = losses or Losses()
+    ranks = Ranks(output, losses)
     mine = ranks.share(images)
-    with StoreWriter(ranks.target, encoder.fingerprint(), codec, shard_bytes, post) as writer:
+    with StoreWriter(ranks.target, encoder.fingerprint(), codec, shard_bytes, post, losses=losses) as writer:
         if check_disk:
             todo = {name: source for name, source in mine.items() if not writer.has(name)}
             form = _form(config, max_slices, pool, after_projector)
@@ -180,7 +187,8 @@ def embed_data(
     ranks.collect()
     store = Store(output)
     failed = [Problem(name, reason) for name, reason in store.failures.items() if name in images]
-    report = EmbedReport(output, summary, store.info(), (*read.problems, *failed))
+    problems = (*read.problems, *failed)
+    report = EmbedReport(output, summary, store.info(), problems, tuple(losses.sentences), losses.left(store))
     if ranks.rank == 0:
         write_atomic(output / SUMMARY, [(json.dumps(report.to_dict(), indent=2) + "\n").encode()])
     return report

@@ -275,6 +275,28 @@ def test_store_mistakes(cli: Cli, world: World, tmp_path: Path) -> None:
     refused(cli("store", "info", copy), shard.name)
 
 
+def test_damage_is_told_by_who_sets_it_aside(cli: Cli, world: World, tmp_path: Path) -> None:
+    copy, some, other = tmp_path / "copy", tmp_path / "some.json", tmp_path / "other"
+    some.write_text(json.dumps(json.loads(world.data.captions.read_text())[:2]))
+    embed = ("embed", "--model", world.model, "--data", some, "--image-folder", world.data.images, "--output", copy)
+    for strict in (False, True):
+        shutil.copytree(world.store, copy)
+        shard = next(copy.glob("shard-*.safetensors"))
+        os.truncate(shard, shard.stat().st_size - 100)
+        outcome = cli(*embed, *(["--strict"] if strict else []))
+        assert f"{shard} is damaged" in outcome.err and "6 names of damaged shards not in" in outcome.err, outcome
+        assert outcome.status == strict and ("1 damaged shard of" in outcome.err) == strict, outcome
+        summary = json.loads((copy / "summary.json").read_text())
+        assert len(summary["damage"]) == 1 and str(shard) in summary["damage"][0] and summary["lost"] == 6
+        again = cli(*embed, "--strict")
+        assert again.status == 0 and "damaged" not in again.err
+        shutil.move(copy, other / str(strict))
+    shutil.copytree(world.store, copy)
+    os.truncate(shard, shard.stat().st_size - 100)
+    merged = cli("store", "merge", other / "True", "--output", copy)
+    assert merged.status == 0 and f"{shard} is damaged" in merged.err and "6 names of damaged" in merged.err
+
+
 def test_prune_refuses_to_go_by_data_that_it_cannot_read(cli: Cli, world: World, tmp_path: Path) -> None:
     copy, keep = tmp_path / "copy", tmp_path / "keep.json"
     shutil.copytree(world.store, copy)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -115,37 +114,6 @@ def test_channels_are_those_of_the_first_shard_also_after_a_kill(tmp_path: Path)
         np.testing.assert_array_equal(shard.channels["channel.scale"], once.shards[0].channels["channel.scale"])
     for name in once.names[:3]:
         np.testing.assert_array_equal(once.read(name).patches, often.read(name).patches)
-
-
-def damage(file: Path, at: int = -5) -> None:
-    data = bytearray(file.read_bytes())
-    data[at] ^= 16
-    file.write_bytes(data)
-
-
-def test_verify_names_every_damaged_shard_and_a_rerun_repairs(tmp_path: Path) -> None:
-    fill(tmp_path, range(12))
-    files = sorted(tmp_path.glob("shard-*"))
-    damage(files[1])
-    damage(files[3])
-    assert len(Store(tmp_path)) == 12  # flipped bits of data are only seen by reading everything
-    assert [*tools.verify(tmp_path)] == [files[1].name, files[3].name]
-    with StoreWriter(tmp_path, FINGERPRINT, shard_bytes=600) as writer:
-        assert len(writer.set_aside) == 2 and files[1].name in writer.set_aside[0]
-        assert "\n" not in writer.set_aside[0] and "checksum" in writer.set_aside[0]
-    assert not (tmp_path / "damage.json").exists()
-    fill(tmp_path, range(12))
-    assert contents(tmp_path) == expected(range(12))
-    assert len([*tmp_path.glob("*.damaged")]) == 2
-
-
-def test_a_cut_shard_is_repaired_without_verify(tmp_path: Path) -> None:
-    fill(tmp_path, range(12))
-    os.truncate(sorted(tmp_path.glob("shard-*"))[2], 100)
-    with pytest.raises(StoreError, match=r"shard-00002\.safetensors is damaged.*run the same `embed` again"):
-        Store(tmp_path)
-    fill(tmp_path, range(12))
-    assert contents(tmp_path) == expected(range(12))
 
 
 def test_prune_keeps_what_is_named(tmp_path: Path) -> None:

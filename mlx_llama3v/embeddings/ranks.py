@@ -16,6 +16,7 @@ from typing import TypeVar
 import mlx.core as mx
 
 from mlx_llama3v.embeddings.codec import Fit
+from mlx_llama3v.embeddings.damage import Losses
 from mlx_llama3v.embeddings.lock import Lock
 from mlx_llama3v.embeddings.store import MANIFEST, Store
 from mlx_llama3v.embeddings.tools import merge
@@ -30,9 +31,10 @@ class Ranks:
         target: the store that this process writes to.
     """
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, losses: Losses | None = None) -> None:
+        """`losses` takes what is lost to damaged shards."""
         group = mx.distributed.init()
-        self.rank, self.size, self._output = group.rank(), group.size(), output
+        self.rank, self.size, self._output, self._losses = group.rank(), group.size(), output, losses
         self.target = output if self.size == 1 else output / f"rank-{self.rank}-of-{self.size}"
 
     def share(self, images: Mapping[str, Source]) -> dict[str, Source]:
@@ -59,7 +61,7 @@ class Ranks:
             for part in sorted(self._output.glob("rank-*-of-*")):
                 if (part / MANIFEST).exists():
                     Lock(part).release()  # refused where a process is still writing to it
-                    merge([part], self._output, move=True)
+                    merge([part], self._output, move=True, losses=self._losses)
                 shutil.rmtree(part, ignore_errors=True)
         self._wait()
 

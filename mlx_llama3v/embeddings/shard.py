@@ -193,8 +193,11 @@ def write_shard(
     write_atomic(path, [struct.pack("<Q", len(text)), text, *arrays])
 
 
-def read_shard(path: Path) -> Shard:
-    """Read and check one shard's header and index. Raises StoreError naming the file when it is cut or damaged."""
+def read_shard(path: Path, *, whole: bool = True) -> Shard:
+    """Read and check one shard's header and index. Raises StoreError naming the file when it is cut or damaged.
+
+    `whole`: False takes one, too, that was cut behind its index.
+    """
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -209,12 +212,14 @@ def read_shard(path: Path) -> Shard:
             if metadata["schema"] != str(SCHEMA):
                 raise StoreError(f"{path} has schema version {metadata['schema']}; this version reads {SCHEMA}.")
             expected = max([8 + length, *(t.offset + t.shape[0] * t.row_bytes for t in tensors.values())])
-            if size != expected:
+            if whole and size != expected:
                 raise damaged(path, f"it has {size} bytes, its header says {expected}")
             own = {name: tensors.pop(name) for name in [*tensors] if name in TENSORS or name.startswith(CHANNEL)}
             values = {name: _load(file, tensor) for name, tensor in own.items()}
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise damaged(path, "it ends within its index") from error
     channels = {name: values.pop(name) for name in [*values] if name not in TENSORS}
     try:
         wrong = [key for key, (dtype, row) in TENSORS.items() if _differs(values[key], dtype, row)]
@@ -313,4 +318,4 @@ def _view(block: Any) -> memoryview:
 
 def damaged(path: Path, why: str) -> DamagedError:
     """The error about a shard whose bytes are not what was written."""
-    return DamagedError(f"{path} is damaged: {why}; run the same `embed` again to make it anew.")
+    return DamagedError(f"{path} is damaged: {why}")

@@ -7,33 +7,34 @@ from pathlib import Path
 from typing import Any
 
 from mlx_llama3v.config import Encoded, SliceLayout
+from mlx_llama3v.embeddings.damage import Losses, note_damage
 from mlx_llama3v.embeddings.lock import Lock
 from mlx_llama3v.embeddings.shard import Picture, Shard, verify_shard, write_shard
 from mlx_llama3v.embeddings.store import Manifest, Store, open_shard, read_failures, shard_files, write_failures
-from mlx_llama3v.embeddings.writer import StoreWriter, note_damage
+from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.errors import StoreError
 
 Progress = Callable[[int, int], None]  # shards done, of how many
 
 
 def verify(path: Path, progress: Progress | None = None) -> dict[str, str]:
-    """Read everything and compare the checksums: file name -> what is wrong with it, for every damaged shard.
+    """Read everything and compare the checksums: file name -> what is wrong with it, for every shard that is damaged or
+    cannot be read.
 
-    Their names are left in the store for the next `embed`, which sets them aside and makes their pictures anew; where
-    the disk refuses that, nothing is lost but this hint. Raises StoreError: no store there, of another version.
+    The damaged ones are noted in the store for the next `embed`, which sets them aside and makes their pictures anew.
+    Raises StoreError: no store there, of another version.
     """
-    manifest, files, found = Manifest.read(path), shard_files(path), dict[str, str]()
+    manifest, files, found = Manifest.read(path), shard_files(path), dict[str, StoreError]()
     for number, (_, file) in enumerate(files):
         try:
             open_shard(file, manifest)
             verify_shard(file)
         except StoreError as error:
-            found[file.name] = str(error)
+            found[file.name] = error
         if progress is not None:
             progress(number + 1, len(files))
-    if found:
-        note_damage(path, found)
-    return found
+    note_damage(path, found)
+    return {name: str(error) for name, error in found.items()}
 
 
 def prune(path: Path, keep: Collection[str], progress: Progress | None = None) -> tuple[int, int]:
@@ -101,15 +102,20 @@ def _prune_shard(
 
 
 def merge(
-    sources: Collection[Path], output: Path, progress: Progress | None = None, *, move: bool = False
+    sources: Collection[Path],
+    output: Path,
+    progress: Progress | None = None,
+    *,
+    move: bool = False,
+    losses: Losses | None = None,
 ) -> dict[str, int]:
     """Join stores of the same encoder and codec into the store `output`, each picture once: codes are copied as
     they are. Returns {"images": added, "duplicates": left out, "conflicts": names that stand for another picture in
     an earlier store, which keeps them}.
 
     What `output` holds stays, and a run that was interrupted goes on. With `move` the sources lose every shard that
-    has arrived, and a shard of which all is new is renamed, not copied. Raises StoreError: settings that differ, a
-    damaged source, a full disk.
+    has arrived, and a shard of which all is new is renamed, not copied. `losses` takes what `output` lost to damaged
+    shards. Raises StoreError: settings that differ, a damaged source, a full disk.
     """
     stores = [Store(path) for path in sources]
     if not stores:
@@ -121,7 +127,7 @@ def merge(
         raise StoreError(f"{output} is one of the stores to merge; give another directory for the result.")
     shards = [shard for store in stores for shard in store.shards]
     counts = {"images": 0, "duplicates": 0, "conflicts": 0}
-    with StoreWriter(output, first.fingerprint, first.codec, post=_Described(first.post)) as writer:
+    with StoreWriter(output, first.fingerprint, first.codec, post=_Described(first.post), losses=losses) as writer:
         writer.adopt(first.fidelity)
         for number, shard in enumerate(shards):
             fresh = [i for i in range(shard.index.pictures) if not writer.has_hash(shard.index.sha(i))]

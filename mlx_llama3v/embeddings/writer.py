@@ -5,7 +5,6 @@ So a kill loses at most one shard of what was put here; embed.py sees to it that
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -17,23 +16,22 @@ import numpy as np
 
 from mlx_llama3v.config import Encoded, SliceLayout
 from mlx_llama3v.embeddings.codec import Fit, fit_codec, get_codec
+from mlx_llama3v.embeddings.damage import Losses, set_damaged_aside
 from mlx_llama3v.embeddings.form import Made, choose_form
 from mlx_llama3v.embeddings.lock import Lock
-from mlx_llama3v.embeddings.shard import Parts, Picture, Shard, write_atomic, write_shard
+from mlx_llama3v.embeddings.shard import Parts, Picture, Shard, write_shard
 from mlx_llama3v.embeddings.store import (
     MANIFEST,
     Coded,
     Manifest,
     Store,
-    open_shard,
     plain,
     shard_files,
     write_failures,
 )
-from mlx_llama3v.errors import DamagedError, StoreError
+from mlx_llama3v.errors import StoreError
 from mlx_llama3v.vision.encode import Form
 
-DAMAGE = "damage.json"  # names of shards that `verify` found damaged: the next writer sets them aside
 _MAX_NAMES = 1 << 16  # of one shard: keeps its index small where pictures are tiny
 _UNFITTED_BYTES = 64 << 20  # of float32 values that wait for the codec to be fitted to them, where nobody did before
 
@@ -55,12 +53,11 @@ class StoreWriter:
     """A store opened for adding pictures; a store that exists goes on where it ended.
 
     Use it as a context manager: what is complete is written even when the block ends with an exception. For one
-    thread at a time. A damaged shard is set aside (renamed to *.damaged), so that its pictures are made anew.
+    thread at a time. A damaged shard is set aside (renamed to *.damaged), so that its pictures can be made anew.
 
     Attributes:
         most_lost: bytes that a kill may cost `embed`: a shard.
         pending_bytes: of the shard that is being filled.
-        set_aside: files of damaged shards and why, as sentences.
     """
 
     def __init__(
@@ -71,6 +68,7 @@ class StoreWriter:
         shard_bytes: int = 512 << 20,
         post: Post | None = None,
         on_device: bool | None = None,
+        losses: Losses | None = None,
     ) -> None:
         """Open or create the store at `path`.
 
@@ -79,6 +77,7 @@ class StoreWriter:
             shard_bytes: a shard is written when it holds that much, and so grows a little beyond it.
             post: done to every picture's embeddings first (pooling, the projector).
             on_device: whether the tower's device does the coding; default: where it is a GPU.
+            losses: takes what is lost to damaged shards.
 
         Raises:
             StoreError: made with other settings, not writable, or another process is writing to it.
@@ -88,15 +87,14 @@ class StoreWriter:
         self.codec = get_codec(codec)
         self.post, self._on_device = post, on_device
         self.manifest = Manifest(plain(fingerprint), codec, plain(post.describe()) if post else {})
-        self.set_aside: tuple[str, ...] = ()
         self._lock = Lock(self.path)
         try:
-            self._open()
+            self._open(losses or Losses())
         except BaseException:
             self._lock.release()
             raise
 
-    def _open(self) -> None:
+    def _open(self, losses: Losses) -> None:
         wanted = self.manifest
         numbers = [number for number, _ in shard_files(self.path)]
         if numbers or (self.path / MANIFEST).exists():
@@ -106,7 +104,7 @@ class StoreWriter:
             self.manifest.write(self.path)
         for leftover in self.path.glob(".*.tmp"):  # of a writer that was killed; the lock says none is alive
             leftover.unlink(missing_ok=True)
-        self.set_aside = _set_damaged_aside(self.path, self.manifest)
+        set_damaged_aside(self.path, self.manifest, losses)
         store = Store(self.path)
         self._index, self._width, self._failures = store.index, store.width, dict(store.failures)
         self._channels = None if store.fit is None else store.fit.channels
@@ -302,40 +300,3 @@ class StoreWriter:
             self._lock.release()  # The disk refused once; a second try would hide the first error.
         else:
             self.close()
-
-
-def _set_damaged_aside(path: Path, manifest: Manifest) -> tuple[str, ...]:
-    """Rename what is damaged, by its header or by an earlier `verify`; what is there stays on the disk."""
-    found = []
-    noted = read_damage(path)
-    for _, file in shard_files(path):
-        try:
-            open_shard(file, manifest)
-            if file.name not in noted:
-                continue
-            why = f"{file} is damaged: {noted[file.name]}"
-        except DamagedError as error:
-            why = str(error)
-        aside = file.with_name(f"{file.name}.damaged")
-        try:
-            os.replace(file, aside)
-        except OSError as error:
-            raise StoreError(f"{file} is damaged and cannot be set aside: {error.strerror or error}.") from error
-        found.append(f"{why.rstrip('.')}; set aside as {aside.name}, its pictures are made anew.")
-    if noted:
-        (path / DAMAGE).unlink(missing_ok=True)
-    return tuple(found)
-
-
-def read_damage(path: Path) -> dict[str, str]:
-    """Name of a shard -> what `verify` found."""
-    try:
-        values = json.loads((path / DAMAGE).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return {str(name): str(why) for name, why in values.items()} if isinstance(values, dict) else {}
-
-
-def note_damage(path: Path, found: Mapping[str, str]) -> None:
-    """Leave word for the next writer. Raises StoreError when the disk refuses."""
-    write_atomic(path / DAMAGE, [json.dumps(dict(found), indent=2).encode()])

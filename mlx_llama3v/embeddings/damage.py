@@ -1,0 +1,108 @@
+"""Damaged shards: `verify` leaves word of them, the next writer sets them aside and says what the store lost."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Container, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mlx_llama3v.embeddings.index import Index, ShardIndex
+from mlx_llama3v.embeddings.shard import read_shard, verify_shard, write_atomic
+from mlx_llama3v.embeddings.store import Manifest, open_shard, shard_files
+from mlx_llama3v.errors import DamagedError, StoreError
+
+_NOTES = "damage.json"  # names of shards that `verify` found damaged, and how
+
+
+@dataclass
+class Losses:
+    """What stores lost to damaged shards since this was made.
+
+    Attributes:
+        told: called with each sentence at once: who found the damage may fail before it can report.
+        names: that the shards held and their stores had no more then, as far as they could be read.
+    """
+
+    told: Callable[[str], None] = lambda sentence: None
+    sentences: list[str] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
+
+    def left(self, store: Container[str]) -> int:
+        """How many of the names are not there (again)."""
+        return sum(name not in store for name in self.names)
+
+
+def set_damaged_aside(path: Path, manifest: Manifest, losses: Losses) -> None:
+    """Rename what is damaged by its header, or by an earlier `verify` and still; what is there stays on the disk.
+
+    Raises StoreError: a shard that cannot be read or renamed.
+    """
+    noted, indexes = _read_notes(path), []
+    for _, file in shard_files(path):
+        try:
+            open_shard(file, manifest)
+            if file.name in noted:
+                verify_shard(file)
+        except DamagedError as error:
+            index = _salvage(file)
+            held = "names that cannot be read" if index is None else f"{index.name_count:,} names"
+            aside = _rename(file)
+            losses.sentences.append(f"{error.finding}; set aside as {aside.name} with {held}.")
+            losses.told(losses.sentences[-1])
+            indexes += [index] if index is not None else []
+    if indexes:
+        losses.names |= _lost(indexes, [open_shard(file, manifest).index for _, file in shard_files(path)])
+    if noted:
+        (path / _NOTES).unlink(missing_ok=True)
+
+
+def _rename(file: Path) -> Path:
+    aside = file.with_name(f"{file.name}.damaged")
+    try:
+        os.replace(file, aside)
+    except OSError as error:
+        raise StoreError(f"{file} is damaged and cannot be set aside: {error.strerror or error}.") from error
+    return aside
+
+
+def _salvage(file: Path) -> ShardIndex | None:
+    """What a damaged shard says that it holds, where that can still be read."""
+    try:
+        return read_shard(file, whole=False).index
+    except StoreError:
+        return None
+
+
+def _lost(gone: list[ShardIndex], left: list[ShardIndex]) -> set[str]:
+    """Names of shards that are gone, and names elsewhere of their pictures, that the shards left do not lead to."""
+    shas = {index.sha(i) for index in gone for i in range(index.pictures)}
+    names = {name for index in gone for name, _ in index.names()}
+    names |= {name for index in left for name, sha in index.names() if sha in shas}
+    index = Index(left)
+    return {name for name in names if index.find_name(name) is None}
+
+
+def note_damage(path: Path, found: Mapping[str, StoreError]) -> None:
+    """Leave word for the next writer of what is wrong with shards, by file name; of nothing where they are whole.
+
+    Only of damage: a shard that cannot be read (a drive that is away) may be whole. A hint, which the disk may refuse.
+    """
+    notes = {name: why for name, why in _read_notes(path).items() if name in found}
+    notes |= {name: str(error) for name, error in found.items() if isinstance(error, DamagedError)}
+    with suppress(StoreError, OSError):
+        if notes:
+            write_atomic(path / _NOTES, [json.dumps(notes, indent=2).encode()])
+        else:
+            (path / _NOTES).unlink(missing_ok=True)
+
+
+def _read_notes(path: Path) -> dict[str, str]:
+    """Name of a shard -> what `verify` found."""
+    try:
+        values = json.loads((path / _NOTES).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {str(name): str(why) for name, why in values.items()} if isinstance(values, dict) else {}
