@@ -18,6 +18,7 @@ from mlx_llama3v.config import Encoded, Grid, ImageConfig, SliceLayout, TilingCo
 from mlx_llama3v.embeddings.codec import CODECS, fidelity, get_codec
 from mlx_llama3v.embeddings.embed import EmbedProgress, EmbedSummary, embed_images
 from mlx_llama3v.embeddings.form import Made
+from mlx_llama3v.embeddings.ranks import Ranks
 from mlx_llama3v.embeddings.sample import evenly
 from mlx_llama3v.embeddings.store import Coded, Store
 from mlx_llama3v.embeddings.writer import StoreWriter
@@ -142,6 +143,28 @@ def test_stored_names_cost_nothing(tmp_path: Path, folder: Path) -> None:
     encoder = FakeEncoder()
     summary = run(tmp_path / "s", images, encoder)
     assert (summary.reused, summary.new, summary.slices) == (6, 0, 0) and not encoder.prepared + encoder.calls
+
+
+def test_names_that_stand_for_other_pictures_are_refused(tmp_path: Path, folder: Path) -> None:
+    """As of two data sets that are both train-00000-of-00001.parquet; what is gone since is no such sign."""
+    run(tmp_path / "s", write(folder, {f"{n}": str(n) for n in range(40)}), FakeEncoder())
+    (tmp_path / "other").mkdir()
+    others = write(tmp_path / "other", {f"{n}": str(n if n % 2 else n + 100) for n in range(40)})
+    for rank in (False, True):
+        with pytest.raises(
+            StoreError, match=r"s holds another picture under the name '\d+' than .*other/\d+ is: .*prune"
+        ):
+            if rank:
+                ranks = Ranks(tmp_path / "s")
+                ranks.size = 2
+                ranks.share(dict(others))
+            else:
+                run(tmp_path / "s", others, FakeEncoder())
+    (folder / "9").unlink()
+    summary = run(
+        tmp_path / "s", [*write(folder, {"new": "77"}), *[(f"{n}", folder / f"{n}") for n in range(40)]], FakeEncoder()
+    )
+    assert (summary.new, summary.reused) == (1, 40)
 
 
 def test_equal_bytes_are_encoded_once(tmp_path: Path, folder: Path) -> None:

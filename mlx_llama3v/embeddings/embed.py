@@ -22,7 +22,7 @@ import numpy as np
 from mlx_llama3v.config import Encoded, SliceLayout
 from mlx_llama3v.embeddings.form import Made, gather
 from mlx_llama3v.embeddings.prepare import Encoder, Prepared, prepare
-from mlx_llama3v.embeddings.sample import fit_sample
+from mlx_llama3v.embeddings.sample import check_names, fit_sample
 from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.source import Source
 from mlx_llama3v.vision.encode import Form, as_values
@@ -127,13 +127,15 @@ def embed_images(
         whole: the pictures of which these are a part: a new store's codec is fitted to a sample of all of them.
 
     Raises:
-        StoreError: the store cannot be written, or belongs to another encoder.
+        StoreError: the store cannot be written, belongs to another encoder, or holds other pictures of these names.
     """
     writer.require(encoder.fingerprint())
     names = dict(images)
     run = _Run(len(names))
     todo = [(name, path) for name, path in names.items() if not writer.has(name)]
     run.reused = run.total - len(todo)
+    if run.reused:
+        check_names(writer.path, [(name, path) for name, path in names.items() if writer.has(name)], writer.sha_of)
     workers = workers or min(8, os.cpu_count() or 1)
     if todo and not writer.fitted:
         if progress is not None:

@@ -11,17 +11,16 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import mlx.core as mx
 
 from mlx_llama3v.embeddings.codec import Fit
 from mlx_llama3v.embeddings.damage import Losses
 from mlx_llama3v.embeddings.lock import Lock
+from mlx_llama3v.embeddings.sample import check_names
 from mlx_llama3v.embeddings.store import MANIFEST, Store
 from mlx_llama3v.embeddings.tools import merge
-
-Source = TypeVar("Source")
+from mlx_llama3v.source import Source
 
 
 class Ranks:
@@ -40,13 +39,16 @@ class Ranks:
     def share(self, images: Mapping[str, Source]) -> dict[str, Source]:
         """This process's part of the pictures, in order; what the common store holds is nobody's work.
 
-        Raises StoreError: a damaged store.
+        Raises StoreError: a damaged store, or one that holds other pictures under these names.
         """
         if self.size == 1:
             return dict(images)
         self.collect()  # parts of a run that was killed
-        have = Store(self._output) if (self._output / MANIFEST).exists() else ()
-        left = [name for name in images if name not in have]
+        left = [*images]
+        if (self._output / MANIFEST).exists():
+            have = Store(self._output)
+            check_names(self._output, [(name, images[name]) for name in images if name in have], have.sha_of)
+            left = [name for name in images if name not in have]
         self._wait()  # nobody writes before all have read
         return {name: images[name] for name in left[self.rank :: self.size]}
 

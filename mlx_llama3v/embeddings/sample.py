@@ -1,4 +1,5 @@
-"""A few pictures from all over a data set: what a codec is fitted to.
+"""A few pictures from all over a data set: what a codec is fitted to, and what tells whether names changed their
+meaning.
 
 The first pictures are not like the others: data sets are sorted by source, so a store would hold photos with the
 channels of three scanned pages.
@@ -6,8 +7,11 @@ channels of three scanned pages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -16,7 +20,8 @@ from mlx_llama3v.config import Encoded, Grid, SliceLayout
 from mlx_llama3v.embeddings.codec import Codec, Fit, fit_codec
 from mlx_llama3v.embeddings.prepare import Encoder, prepare
 from mlx_llama3v.embeddings.writer import Post
-from mlx_llama3v.source import Source
+from mlx_llama3v.errors import StoreError
+from mlx_llama3v.source import Source, load_source
 
 _MOST, _LEAST, _SHARE = 32, 8, 20  # pictures: with two slices of each, a tenth of a set of as many slices as pictures
 _ROWS = 128  # embeddings of a slice
@@ -55,6 +60,20 @@ def fit_sample(
     finally:
         pool.shutdown(cancel_futures=True)
     return fit_codec(codec, found) if found else None
+
+
+def check_names(store: Path, reused: Sequence[tuple[str, Source]], sha_of: Callable[[str], str | None]) -> None:
+    """Of names that a store holds, look at the bytes of a few: data sets are often divided into files of the same
+    names, and the second one would get the embeddings of the first. Raises StoreError; a picture that is gone is none.
+    """
+    for name, source in evenly(reused, _MOST):
+        with suppress(OSError, ValueError):
+            if hashlib.sha256(load_source(source).content).hexdigest() != sha_of(name):
+                raise StoreError(
+                    f"{store} holds another picture under the name {name!r} than {source} is: it is of another data "
+                    "set, or has changed since; give these pictures another --output, or drop the old ones with "
+                    "`llama3v-mlx store prune`."
+                )
 
 
 def _two(source: Source, encoder: Encoder) -> list[tuple[Grid, np.ndarray]]:

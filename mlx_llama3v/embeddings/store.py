@@ -160,6 +160,11 @@ class Store:
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self.index.find_name(name) is not None
 
+    def sha_of(self, name: str) -> str | None:
+        """Content hash of the picture that `name` stands for."""
+        position = self.index.find_name(name)
+        return None if position is None else self.index.sha(position)
+
     def layout(self, name: str) -> SliceLayout:
         """Slice shapes of one picture; reads nothing. Raises StoreError for an unknown name."""
         shard, i = self._find(name)
