@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,10 +11,14 @@ import numpy as np
 import pytest
 
 from mlx_llama3v.demo.dataset import draw
+from mlx_llama3v.embeddings.damage import Losses
+from mlx_llama3v.embeddings.ranks import Ranks
+from mlx_llama3v.embeddings.shard import read_shard
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.embeddings.tools import merge, verify
 from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.errors import StoreError
+from mlx_llama3v.source import Source
 from mlx_llama3v.stages import embed_data
 from mlx_llama3v.weights import TINY
 from mlx_llama3v.weights.convert import convert
@@ -61,9 +66,36 @@ def test_moved_shards_leave_their_store(tmp_path: Path) -> None:
     assert len(Store(tmp_path / "b")) == 0
 
 
-def test_a_part_that_is_being_written_is_not_moved(tmp_path: Path) -> None:
-    from mlx_llama3v.embeddings.ranks import Ranks
+@pytest.mark.parametrize("cut", [False, True])
+def test_one_process_takes_up_the_parts_that_a_killed_run_left(tmp_path: Path, cut: bool) -> None:
+    fill(tmp_path, range(4))
+    fill(tmp_path / "rank-0-of-2", range(4, 12))
+    fill(tmp_path / "rank-1-of-2", range(12, 16))
+    shard = tmp_path / "rank-0-of-2" / "shard-00001.safetensors"
+    held = {name for name, _ in read_shard(shard).index.names()}
+    if cut:
+        os.truncate(shard, shard.stat().st_size - 4)
+    losses = Losses()
+    images: dict[str, Source] = {"0.jpg": Path("0.jpg"), "20.jpg": Path("20.jpg")}
+    assert Ranks(tmp_path, losses).share(images) == images
+    have = {name: one for name, one in expected(range(16)).items() if name not in held or not cut}
+    assert contents(tmp_path) == have and not [*tmp_path.glob("rank-*-of-?")]
+    assert losses.names == (held if cut else set()) and len(losses.sentences) == cut
+    assert [file.name for file in tmp_path.glob("*.damaged")] == [f"{shard.parent.name}-{shard.name}.damaged"] * cut
 
+
+def test_a_damaged_common_store_stops_no_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, range(12))
+    shard = tmp_path / "shard-00001.safetensors"
+    held = [name for name, _ in read_shard(shard).index.names()]
+    os.truncate(shard, 100)
+    monkeypatch.setattr(Ranks, "_wait", lambda ranks: None)
+    ranks = Ranks(tmp_path)
+    ranks.size = 2  # the first of two
+    assert len(held) > 1 and [*ranks.share({f"{n}.jpg": Path("gone") for n in range(12)})] == held[::2]
+
+
+def test_a_part_that_is_being_written_is_not_moved(tmp_path: Path) -> None:
     with StoreWriter(tmp_path / "rank-1-of-2", FINGERPRINT) as writer:
         writer.fail(sha(0), "x")
         with pytest.raises(StoreError, match="is being written by process"):

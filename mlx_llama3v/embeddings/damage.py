@@ -35,10 +35,10 @@ class Losses:
         return sum(name not in store for name in self.names)
 
 
-def set_damaged_aside(path: Path, manifest: Manifest, losses: Losses) -> None:
-    """Rename what is damaged by its header, or by an earlier `verify` and still; what is there stays on the disk.
+def set_damaged_aside(path: Path, manifest: Manifest, losses: Losses, into: Path) -> None:
+    """Move what is damaged by its header, or by an earlier `verify` and still, to the directory `into`.
 
-    Raises StoreError: a shard that cannot be read or renamed.
+    Raises StoreError: a shard that cannot be read or moved.
     """
     noted, indexes = _read_notes(path), []
     for _, file in shard_files(path):
@@ -49,7 +49,8 @@ def set_damaged_aside(path: Path, manifest: Manifest, losses: Losses) -> None:
         except DamagedError as error:
             index = _salvage(file)
             held = "names that cannot be read" if index is None else f"{index.name_count:,} names"
-            aside = _rename(file)
+            aside = into / f"{'' if into == path else f'{path.name}-'}{file.name}.damaged"
+            _move(file, aside)
             losses.sentences.append(f"{error.finding}; set aside as {aside.name} with {held}.")
             losses.told(losses.sentences[-1])
             indexes += [index] if index is not None else []
@@ -59,13 +60,11 @@ def set_damaged_aside(path: Path, manifest: Manifest, losses: Losses) -> None:
         (path / _NOTES).unlink(missing_ok=True)
 
 
-def _rename(file: Path) -> Path:
-    aside = file.with_name(f"{file.name}.damaged")
+def _move(file: Path, aside: Path) -> None:
     try:
         os.replace(file, aside)
     except OSError as error:
         raise StoreError(f"{file} is damaged and cannot be set aside: {error.strerror or error}.") from error
-    return aside
 
 
 def _salvage(file: Path) -> ShardIndex | None:

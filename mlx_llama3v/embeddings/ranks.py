@@ -15,10 +15,10 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_llama3v.embeddings.codec import Fit
-from mlx_llama3v.embeddings.damage import Losses
+from mlx_llama3v.embeddings.damage import Losses, set_damaged_aside
 from mlx_llama3v.embeddings.lock import Lock
 from mlx_llama3v.embeddings.sample import check_names
-from mlx_llama3v.embeddings.store import MANIFEST, Store
+from mlx_llama3v.embeddings.store import MANIFEST, Manifest, Store
 from mlx_llama3v.embeddings.tools import merge
 from mlx_llama3v.source import Source
 
@@ -33,17 +33,18 @@ class Ranks:
     def __init__(self, output: Path, losses: Losses | None = None) -> None:
         """`losses` takes what is lost to damaged shards."""
         group = mx.distributed.init()
-        self.rank, self.size, self._output, self._losses = group.rank(), group.size(), output, losses
+        self.rank, self.size, self._output = group.rank(), group.size(), output
+        self._losses = losses or Losses()
         self.target = output if self.size == 1 else output / f"rank-{self.rank}-of-{self.size}"
 
     def share(self, images: Mapping[str, Source]) -> dict[str, Source]:
         """This process's part of the pictures, in order; what the common store holds is nobody's work.
 
-        Raises StoreError: a damaged store, or one that holds other pictures under these names.
+        Raises StoreError: a common store that holds other pictures under these names, or as `collect`.
         """
+        self.collect()  # parts of a run that was killed
         if self.size == 1:
             return dict(images)
-        self.collect()  # parts of a run that was killed
         left = [*images]
         if (self._output / MANIFEST).exists():
             have = Store(self._output)
@@ -57,15 +58,29 @@ class Ranks:
         return Store(self._output).fit if (self._output / MANIFEST).exists() else None
 
     def collect(self) -> None:
-        """Move every part into the common store, once all ranks are here. Raises StoreError."""
+        """Move every part into the common store, once all ranks are here. What is damaged is set aside in the latter.
+
+        Raises StoreError: a part that a process is still writing to or of other settings, or the disk refuses.
+        """
         self._wait()
         if self.rank == 0:
+            if self.size > 1:  # else a writer is opened on it next
+                self._set_aside(self._output)
             for part in sorted(self._output.glob("rank-*-of-*")):
+                self._set_aside(part)
                 if (part / MANIFEST).exists():
-                    Lock(part).release()  # refused where a process is still writing to it
                     merge([part], self._output, move=True, losses=self._losses)
                 shutil.rmtree(part, ignore_errors=True)
         self._wait()
+
+    def _set_aside(self, store: Path) -> None:
+        """Damaged shards, lest every run ends at them."""
+        if (store / MANIFEST).exists():
+            lock = Lock(store)
+            try:
+                set_damaged_aside(store, Manifest.read(store), self._losses, self._output)
+            finally:
+                lock.release()
 
     def _wait(self) -> None:
         if self.size > 1:

@@ -104,7 +104,7 @@ class StoreWriter:
             self.manifest.write(self.path)
         for leftover in self.path.glob(".*.tmp"):  # of a writer that was killed; the lock says none is alive
             leftover.unlink(missing_ok=True)
-        set_damaged_aside(self.path, self.manifest, losses)
+        set_damaged_aside(self.path, self.manifest, losses, self.path)
         store = Store(self.path)
         self._index, self._width, self._failures = store.index, store.width, dict(store.failures)
         self._channels = None if store.fit is None else store.fit.channels
