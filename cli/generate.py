@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,7 +25,7 @@ from mlx_llama3v.cli.options import (
 from mlx_llama3v.cli.terminal import CONTROLS
 from mlx_llama3v.errors import DataError
 from mlx_llama3v.inference import Answer, Memory, Picture, Sampling, Session
-from mlx_llama3v.inference.jobs import Result, answer_jobs, read_jobs, unanswered, write_results
+from mlx_llama3v.inference.jobs import Job, Result, answer_jobs, read_jobs, unanswered, write_results
 
 
 def register(app: typer.Typer) -> None:
@@ -77,8 +78,10 @@ def generate(
     if prompts is not None:
         if memory.kv_bits:
             raise DataError("--kv-bits goes with --prompt; batches keep their keys and values whole.")
+        jobs = _read(prompts, output, image_folder)
+        left = unanswered(jobs, Path(output)) if output != "-" else jobs
         session = open_session(model, run, system_prompt, max_slices, offline, memory)
-        _many(session, prompts, output, image_folder, sampling, batch_size, verbose)
+        _many(session, left, len(jobs) - len(left), output, sampling, batch_size, verbose)
         return
     text = sys.stdin.read() if prompt == "-" else prompt
     images: list[Picture] = [sys.stdin.buffer.read() if name == "-" else name for name in image or []]
@@ -105,48 +108,45 @@ def _one(session: Session, text: str, images: list[Picture], sampling: Sampling,
         show.err.print(show.answer_stats(answer))
 
 
-def _many(
-    session: Session,
-    prompts: str,
-    output: str,
-    image_folder: Path | None,
-    sampling: Sampling,
-    batch_size: int,
-    verbose: bool,
-) -> None:
+def _read(prompts: str, output: str, image_folder: Path | None) -> list[Job]:
     if prompts == "-":
-        jobs = read_jobs(sys.stdin, "stdin", image_folder or Path())
-    else:
-        path = Path(prompts)
-        if not path.is_file():
-            raise DataError(f"{path} is missing; expected a JSONL file of questions.")
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 text (byte {error.start}); expected JSONL.") from error
-        jobs = read_jobs(lines, str(path), image_folder or path.parent)
-    left = unanswered(jobs, Path(output)) if output != "-" else jobs
+        return read_jobs(sys.stdin, "stdin", image_folder or Path())
+    path = Path(prompts)
+    if not path.is_file():
+        raise DataError(f"{path} is missing; expected a JSONL file of questions.")
+    if os.path.exists(output) and path.samefile(output):
+        raise DataError(f"{output} holds the questions; expected another --output for the answers.")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): JSON may hold U+2028 and its kin
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); expected JSONL.") from error
+    return read_jobs(lines, str(path), image_folder or path.parent)
+
+
+def _many(
+    session: Session, jobs: list[Job], there: int, output: str, sampling: Sampling, batch_size: int, verbose: bool
+) -> None:
     done = 0
     with ExitStack() as stack:
         out: TextIO = sys.stdout
         if output != "-":
             out = stack.enter_context(Path(output).open("a", encoding="utf-8"))
         bar = stack.enter_context(show.bar("Answering", "answers"))
-        bar.update(0, len(left))
+        bar.update(0, len(jobs))
 
         def tell(result: Result) -> None:
             nonlocal done
             done += 1
             if result.error:
                 show.err.print(f"{result.job.id}: {result.error}")
-            bar.update(done, len(left))
+            bar.update(done, len(jobs))
             if verbose and result.answer:
                 show.err.print(f"{result.job.id}\n{show.answer_stats(result.answer)}")
 
-        found, failed = write_results(answer_jobs(session, left, sampling, batch_size), out, tell)
+        found, failed = write_results(answer_jobs(session, jobs, sampling, batch_size), out, tell)
     say = show.err if output == "-" else show.out
     where = "stdout" if output == "-" else output
-    already = f", {len(jobs) - len(left)} were there" if len(left) < len(jobs) else ""
+    already = f", {there} were there" if there else ""
     say.print(f"{found} answered, {failed} failed{already}. Answers: {where}")
     if failed:
         raise typer.Exit(1)

@@ -64,6 +64,24 @@ def test_a_file_of_questions_goes_on(cli: Cli, directory: Path, tmp_path: Path) 
     assert broken.status == 1 and "none.png" in json.loads(broken.out)["error"] and "1 failed" in broken.err
 
 
+def test_questions_are_not_answered_into_their_own_file(cli: Cli, directory: Path, tmp_path: Path) -> None:  # noqa: F811
+    questions = tmp_path / "q.jsonl"
+    questions.write_text(content := '{"id": "a", "prompt": "x"}\n{"id": "b", "prompt": "y", "image": "0.png"}\n')
+    (tmp_path / "link").symlink_to(questions)
+    (tmp_path / "copy.jsonl").write_text(content)
+    base = ("generate", "--model", directory, "--prompts", questions, "--output")
+    for same in (questions, tmp_path / "." / "q.jsonl", tmp_path / "link"):
+        refused(cli(*base, same), "holds the questions", "--output")
+    refused(cli(*base, tmp_path / "copy.jsonl"), "copy.jsonl, line 1", "not overwritten")
+    assert questions.read_text() == (tmp_path / "copy.jsonl").read_text() == content
+
+
+def test_lines_of_questions_end_at_newlines_alone(cli: Cli, directory: Path, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "q.jsonl").write_text('{"prompt": "What\u2028shape\u0085?"}\r\n', encoding="utf-8")
+    found = cli("generate", "--model", directory, "--prompts", tmp_path / "q.jsonl", "--max-tokens", 2)
+    assert found.status == 0 and json.loads(found.out)["prompt"] == "What\u2028shape\u0085?", found.err
+
+
 def test_mistakes(cli: Cli, directory: Path, tmp_path: Path) -> None:  # noqa: F811
     base = ("generate", "--model", directory)
     refused(cli(*base), "--prompt", "--prompts")

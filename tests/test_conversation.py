@@ -1,9 +1,7 @@
-"""Sessions over many turns, retries and edits; what ends an answer; memory options; questions from a file."""
+"""Sessions over many turns, retries and edits; what ends an answer; memory options."""
 
 from __future__ import annotations
 
-import io
-import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,11 +10,10 @@ import numpy as np
 import pytest
 
 from mlx_llama3v.config import Encoded
-from mlx_llama3v.errors import CheckpointError, ContextError, DataError
+from mlx_llama3v.errors import CheckpointError, ContextError
 from mlx_llama3v.inference import Answer, Memory, Request, Sampling, Session, batch_generate, load
 from mlx_llama3v.inference.answer import Loops, Writer
 from mlx_llama3v.inference.batch import Running
-from mlx_llama3v.inference.jobs import answer_jobs, read_jobs, unanswered, write_results
 from mlx_llama3v.inference.prefixes import Prefixes
 from mlx_llama3v.inference.rows import common, place_keys
 from mlx_llama3v.inference.sampling import Sampler
@@ -336,41 +333,3 @@ def test_prefixes_share_and_forget(model: Llama3V) -> None:
     tiny = Prefixes(prefixes.nbytes - 1)
     tiny.add(np.arange(21), cache)
     assert len(tiny) == 0 and tiny.nbytes == 0
-
-
-# --- questions from a file
-
-
-def test_jobs(tmp_path: Path) -> None:
-    session = load(make_directory(tmp_path / "model"))
-    (tmp_path / "a.png").write_bytes(png(1))
-    lines = [
-        '{"id": "x", "prompt": "What?", "image": "a.png"}', "", '{"prompt": "Both?", "images": ["a.png", "a.png"]}',
-        '{"prompt": "Broken?", "image": "none.png"}', '{"prompt": "Nothing?"}',
-    ]  # fmt: skip
-    jobs = read_jobs(lines, "q.jsonl", tmp_path)
-    assert [job.id for job in jobs] == ["x", "3", "4", "5"]
-    sampling, out, told = Sampling(max_tokens=5), tmp_path / "out.jsonl", []
-    with out.open("w") as file:
-        assert write_results(answer_jobs(session, jobs, sampling, 2), file, told.append) == (3, 1)
-    rows = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
-    assert "none.png" in rows["4"]["error"] and len(told) == 4
-    for job in (jobs[0], jobs[1], jobs[3]):
-        session.reset()
-        assert rows[job.id]["text"] == answer(session, job.prompt, job.images, max_tokens=5).text
-    with out.open("a") as file:
-        file.write('{"id": "5x", "pro')
-    assert unanswered(jobs, out) == [jobs[2]]  # the failed one is asked again, the half line is gone
-    assert len(out.read_text().splitlines()) == 3 and unanswered(jobs, tmp_path / "none") == jobs
-    moved = read_jobs(lines[2:], "q.jsonl", tmp_path)  # ids are line numbers where none is given
-    with pytest.raises(DataError, match="another question '3'"):
-        unanswered(moved, out)
-    (tmp_path / "mine.txt").write_text("my thesis\nline two\n")
-    with pytest.raises(DataError, match="not overwritten"):
-        unanswered(jobs, tmp_path / "mine.txt")
-    for line in ('{"prompt": 1}', "[]", "{", '{"prompt": "x", "imge": "y"}', '{"prompt": "x", "images": "y"}'):
-        with pytest.raises(DataError, match=r"q.jsonl, line 1"):
-            read_jobs([line], "q.jsonl", tmp_path)
-    with pytest.raises(DataError, match="more than once"):
-        read_jobs(['{"id": 1, "prompt": "x"}'] * 2, "q.jsonl", tmp_path)
-    assert list(answer_jobs(session, [], sampling)) == [] and write_results([], io.StringIO(), print) == (0, 0)

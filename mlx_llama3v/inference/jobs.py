@@ -93,29 +93,43 @@ def unanswered(jobs: Sequence[Job], path: Path) -> list[Job]:
 
 
 def _asked(job: Job) -> tuple[Any, ...]:
-    return job.prompt, [str(path) for path in job.images]
+    return job.prompt, [str(path.absolute()) for path in job.images]
 
 
 def _answers(path: Path) -> dict[str, tuple[Any, ...]]:
     """What the answers in `path` were asked, by id; the file then holds nothing but those."""
-    if not path.exists():
+    if not path.is_file():
         return {}
-    lines = path.read_text(encoding="utf-8").splitlines()
-    good: dict[str, str] = {}
+    content = path.read_bytes()
+    lines = content.removesuffix(b"\n").split(b"\n") if content else []
+    good: dict[str, bytes] = {}
+    asked: dict[str, tuple[Any, ...]] = {}
     for number, line in enumerate(lines, 1):
         try:
             values = json.loads(line)
-            if "text" in values:
-                good[values["id"]] = line
-        except (ValueError, TypeError, KeyError) as error:
-            if number < len(lines) or not line.startswith('{"id"'[: len(line)]):
-                raise DataError(f"{path}, line {number} is no answer of ours; it is not overwritten.") from error
-    if len(good) < len(lines):
+        except ValueError:
+            if number == len(lines) and line.startswith(b'{"id"'[: len(line)]) and not content.endswith(b"\n"):
+                continue  # cut short as its writer was killed
+            values = None
+        if not isinstance(values, dict) or not _is_result(values):
+            raise DataError(f"{path}, line {number} is no answer of ours; it is not overwritten.")
+        if "text" in values:
+            good[values["id"]] = line
+            asked[values["id"]] = values["prompt"], [str(Path(image).absolute()) for image in values["images"]]
+    kept = b"".join(line + b"\n" for line in good.values())
+    if kept != content:
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(f"{line}\n" for line in good.values()), encoding="utf-8")
+        partial.write_bytes(kept)
         partial.replace(path)
-    asked = {name: json.loads(line) for name, line in good.items()}
-    return {name: (values.get("prompt"), values.get("images")) for name, values in asked.items()}
+    return asked
+
+
+def _is_result(values: dict[str, Any]) -> bool:
+    """Whether this is a `Result.line`."""
+    named = all(isinstance(values.get(name), str) for name in ("id", "prompt"))
+    images = values.get("images")
+    files = isinstance(images, list) and all(isinstance(image, str) for image in images)
+    return named and files and isinstance(values.get("text", values.get("error")), str)
 
 
 def answer_jobs(session: Session, jobs: Sequence[Job], sampling: Sampling, batch_size: int = 8) -> Iterator[Result]:
@@ -154,7 +168,7 @@ def write_results(results: Iterable[Result], out: TextIO, tell: Callable[[Result
     """One line a result, at once on disk; returns how many were answered and how many failed."""
     counts = [0, 0]
     for result in results:
-        out.write(json.dumps(result.line(), ensure_ascii=False) + "\n")
+        out.write(json.dumps(result.line()) + "\n")  # in ASCII: a prompt may hold half a character
         out.flush()
         counts[result.answer is None] += 1
         tell(result)
