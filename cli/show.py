@@ -97,7 +97,12 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 def as_json(values: Any) -> None:
     """Machine-readable output, nothing else on stdout."""
     if not _SILENT:
-        sys.stdout.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(values, indent=2, ensure_ascii=False)
+        try:
+            text.encode(sys.stdout.encoding or "utf-8")
+        except UnicodeEncodeError:  # a file name that is no Unicode, or a terminal that knows little of it
+            text = json.dumps(values, indent=2)
+        sys.stdout.write(text + "\n")
 
 
 def answer_stats(answer: Answer) -> str:

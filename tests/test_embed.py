@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mlx_llama3v.config import Encoded, Grid, ImageConfig, SliceLayout, TilingConfig, VisionConfig
+from mlx_llama3v.data.sources import FilePart
 from mlx_llama3v.embeddings.codec import CODECS, fidelity, get_codec
 from mlx_llama3v.embeddings.embed import EmbedProgress, EmbedSummary, embed_images
 from mlx_llama3v.embeddings.form import Made
@@ -207,6 +209,27 @@ def test_unreadable_pictures_are_listed_and_tried_again(tmp_path: Path, folder: 
     assert (summary.new, summary.duplicates, summary.reused, summary.failed) == (1, 1, 2, 3)
     check(tmp_path / "s", {"a": 1, "b": 4, "bad": 7, "gone": 1})
     assert set(Store(tmp_path / "s").failures) == {"bad2", "nul", "folder"}
+
+
+def test_a_picture_that_takes_too_much_memory_is_listed(tmp_path: Path, folder: Path) -> None:
+    class Small(FakeEncoder):
+        def prepare(self, source: Loaded) -> tuple[SliceLayout, list[np.ndarray]]:
+            if source.content == b"2":
+                raise MemoryError
+            return super().prepare(source)
+
+    images = write(folder, {"a": "1", "large": "2", "b": "4"})
+    with open(folder / "huge", "wb") as file:
+        file.truncate(3 << 30)  # a hole: takes no room
+    os.mkfifo(folder / "pipe")  # would be waited for
+    images += [("huge", folder / "huge"), ("pipe", folder / "pipe")]
+    images += [("part", FilePart(folder / "huge", 5, 2 << 30, "p"))]
+    assert run(tmp_path / "s", images, Small()).failed == 4
+    failures = Store(tmp_path / "s").failures
+    assert failures["large"] == f"{folder / 'large'} takes more memory than there is."
+    assert failures["huge"].endswith("cannot be read: it has 3.2 GB, more than the 1.0 GB that a picture may have.")
+    assert failures["pipe"].endswith("pipe cannot be read: it is no file.") and "it has 2.1 GB" in failures["part"]
+    check(tmp_path / "s", {"a": 1, "b": 4})
 
 
 def test_threads_prepare_while_the_encoder_works(tmp_path: Path, folder: Path) -> None:

@@ -7,6 +7,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -17,8 +18,9 @@ from PIL import Image
 
 from mlx_llama3v.config import ImageConfig, TilingConfig, VisionConfig
 from mlx_llama3v.errors import ImageError
+from mlx_llama3v.vision import families
 from mlx_llama3v.vision.encode import Encoder, bucket, normalised, patchify
-from mlx_llama3v.vision.families import ScalesEncoder
+from mlx_llama3v.vision.families import PaddingEncoder, ScalesEncoder
 from mlx_llama3v.vision.siglip import VisionTower, position_table, tower_weights
 from mlx_llama3v.vision.tiling import plan
 from tests.hf_siglip import make_siglip
@@ -204,3 +206,27 @@ def test_fingerprint_names_everything_that_matters(encoder: Encoder, monkeypatch
     bias = bent.encoder.layers[1].mlp.fc1.bias
     bent.encoder.layers[1].mlp.fc1.bias = bias + mx.where(mx.arange(bias.size) == 3, 1e-3, 0.0)
     assert Encoder(bent, VISION, ImageConfig(), TilingConfig(), -1).fingerprint()["weights"] != base["weights"]
+
+
+def test_the_square_around_a_long_picture_takes_no_gigabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made of a smaller picture, which no slice tells from the whole one."""
+    vision = VisionConfig(32, 64, 1, 2, image_size=64, patch_size=16)
+    encoder = PaddingEncoder(VisionTower(vision), vision, ImageConfig(), TilingConfig("pad", 0))
+    sizes, new = [], Image.new
+
+    def noting(mode: str, size: tuple[int, int], *more: Any) -> Image.Image:
+        sizes.append(size)
+        return new(mode, size, *more)
+
+    monkeypatch.setattr(Image, "new", noting)
+    for size in ((1, 400_000), (90_000, 2)):
+        new("RGB", size).save(tmp_path / "long.png")
+        layout, (patches,) = encoder.prepare(tmp_path / "long.png")
+        assert layout.overview == (4, 4) and patches.shape == (16, 768)
+    assert max(width * height for width, height in sizes) <= families._MOST_SIDE**2
+    ramp = np.linspace(0, 255, 900)[:, None, None] * np.linspace(0.2, 1, 640)[None, :, None]
+    Image.fromarray(np.broadcast_to(ramp, (900, 640, 3)).astype(np.uint8)).save(tmp_path / "photo.png")
+    whole = encoder.prepare(tmp_path / "photo.png")[1][0].astype(int)
+    monkeypatch.setattr(families, "_MOST_SIDE", 512)
+    apart = np.abs(encoder.prepare(tmp_path / "photo.png")[1][0] - whole)
+    assert apart.max() <= 3 and apart.mean() < 0.2

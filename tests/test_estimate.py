@@ -255,6 +255,18 @@ def test_the_command(cli: Cli, model: Path, photos: Path, tmp_path: Path) -> Non
     refused(cli(*args, "--json"), "--json belongs to --estimate")
 
 
+def test_a_name_that_is_no_unicode_is_no_crash(cli: Cli, model: Path, photos: Path, tmp_path: Path) -> None:  # noqa: F811
+    talk = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]
+    names = ("0.jpg", "\ud800/a.png", "\ud800.png")
+    (tmp_path / "d.json").write_text(json.dumps([{"image": name, "conversations": talk} for name in names]))
+    args = ("--model", model, "--data", tmp_path / "d.json", "--image-folder", photos, "--output", tmp_path / "s")
+    said = json.loads(cli("embed", *args, "--estimate", "--json").out)
+    assert said["pictures"] == 1 and [*said["unreadable"]] == [*names[1:]]
+    assert cli("embed", *args, "--estimate").status == 0
+    shown = cli("embed", *args)
+    assert shown.status == 0 and "2 could not be read" in shown.out and "its name is not valid Unicode" in shown.err
+
+
 def test_strict_is_an_error_after_everything_else_is_stored(
     cli: Cli,  # noqa: F811
     model: Path,

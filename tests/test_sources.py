@@ -110,6 +110,16 @@ def test_a_folder_of_pictures_with_links_out_of_it(place: Path) -> None:
     assert isinstance(read_data(place / "images").pictures(allow_outside=True)["link.png"], Path)
 
 
+def test_a_name_that_is_no_unicode_is_refused(place: Path) -> None:
+    """JSON can spell half an emoji. A name that the system gave, in another encoding, is as good as any."""
+    for name in ("\ud800/a.png", "\ud800.png", "sub/\udfff"):
+        for allow in (False, True):
+            found = Folders([place / "images"], allow_outside=allow).find(name)
+            assert isinstance(found, Refused) and found.reason == "its name is not valid Unicode"
+            assert str(found).isascii()
+    assert Folders([place / "images"]).find("\udcff.png") == place / "images" / "\udcff.png"
+
+
 def test_refused_pictures_of_a_data_file(place: Path) -> None:
     talk = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]
     rows = [{"image": name, "conversations": talk} for name in ("a.png", "link.png", "../secret.png")]

@@ -46,7 +46,8 @@ class Problem:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.reason}"
+        said = f"{self.where}: {self.reason}"
+        return said.encode("utf-8", "backslashreplace").decode()  # not every file name can be printed
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_llama3v.source import Source
+from mlx_llama3v.source import Source, check_size
 
 _HEAD = 1 << 16  # bytes that hold the header of nearly every picture
 
@@ -39,6 +39,7 @@ class FilePart:
 
     def read(self) -> bytes:
         """Raises OSError, also where the file became shorter."""
+        check_size(self.size)
         return self._read(self.size)
 
     def head(self) -> bytes:
@@ -78,6 +79,10 @@ class Folders:
         """
         if "://" in name[:16] or name.startswith("data:"):
             return Refused(f"{name:.60}", "it is a web address, not a file: download it first")
+        try:
+            os.fsencode(name)
+        except UnicodeEncodeError:  # half an emoji, which JSON can spell
+            return Refused(name, "its name is not valid Unicode")
         spellings = dict.fromkeys((name, name.removeprefix("data/")))
         places = list(dict.fromkeys(folder / spelling for folder in self._folders for spelling in spellings))
         outside = None

@@ -48,6 +48,13 @@ class Prepared:
 def prepare(source: Source, encoder: Encoder, has_hash: Callable[[str], bool]) -> Prepared:
     """The hash comes first, so that bytes which are stored cost no decoding."""
     try:
+        return _prepare(source, encoder, has_hash)
+    except MemoryError:
+        return Prepared(reason=f"{source} takes more memory than there is.")
+
+
+def _prepare(source: Source, encoder: Encoder, has_hash: Callable[[str], bool]) -> Prepared:
+    try:
         loaded = load_source(source)
     except FileNotFoundError:
         return Prepared(reason=f"{source} does not exist.")

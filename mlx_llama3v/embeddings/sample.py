@@ -67,7 +67,7 @@ def check_names(store: Path, reused: Sequence[tuple[str, Source]], sha_of: Calla
     names, and the second one would get the embeddings of the first. Raises StoreError; a picture that is gone is none.
     """
     for name, source in evenly(reused, _MOST):
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, MemoryError):
             if hashlib.sha256(load_source(source).content).hexdigest() != sha_of(name):
                 raise StoreError(
                     f"{store} holds another picture under the name {name!r} than {source} is: it is of another data "

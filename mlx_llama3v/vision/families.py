@@ -25,6 +25,7 @@ from mlx_llama3v.vision.siglip import VisionTower, _bicubic
 from mlx_llama3v.vision.tiling import plan
 
 SCALES = (1, 2, 3)  # of s2
+_MOST_SIDE = 8192  # of a padded square; the square of a long picture can have gigabytes, so that is made smaller before
 MODES = ("native", "s2", "strip", "strip-2d")
 
 
@@ -52,6 +53,9 @@ class PaddingEncoder(Encoder):
         if self.tiling.mode != "pad" or picture.width == picture.height:
             return picture
         side = max(picture.size)
+        if side > _MOST_SIDE:
+            width, height = (max(1, round(length * _MOST_SIDE / side)) for length in picture.size)
+            picture, side = picture.resize((width, height), Image.Resampling(self.image.resample)), _MOST_SIDE
         colour = tuple(int(255 * mean) for mean in self.image.image_mean)
         square = Image.new("RGB", (side, side), colour)
         square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
