@@ -76,4 +76,4 @@ def print_result(result: DemoResult) -> None:
         ("chat", "--model", result.model, "--run", result.sft, "--image", first),
         ("classify", "--model", result.model, "--image", first, "--text", "a red circle", "--text", "a chart"),
     ):
-        show.out.print(f"  {shlex.join(map(str, (program, *words)))}", markup=False)
+        show.out.print(f"  {shlex.join(map(str, (program, *words)))}")

@@ -33,5 +33,5 @@ def fuse(
     from mlx_llama3v.weights.fuse import fuse as merge
 
     written = merge(resolve(model, offline=offline), run, output)
-    show.out.print(f"Model directory: {written}", markup=False)
+    show.out.print(f"Model directory: {written}")
     show.leftovers(written)

@@ -20,8 +20,9 @@ from mlx_llama3v.inference import Answer
 from mlx_llama3v.platform import peak_memory
 
 _SILENT = os.environ.get("MLX_RANK", "0") != "0"  # of several processes (mlx.launch) the first one speaks
-out = Console(highlight=False, soft_wrap=True, quiet=_SILENT)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+_AS_IT_IS: Any = {"highlight": False, "soft_wrap": True, "markup": False, "emoji": False}  # names hold [brackets], too
+out = Console(quiet=_SILENT, **_AS_IT_IS)
+err = Console(stderr=True, **_AS_IT_IS)
 
 
 class Bar:
@@ -55,12 +56,12 @@ class Bar:
 def bar(label: str, unit: str) -> Iterator[Bar]:
     """A progress bar that stays on the terminal; where stderr is no terminal only its last state is printed."""
     columns = (
-        TextColumn("{task.description:<22}"),
+        TextColumn("{task.description:<22}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     console = Console(quiet=True) if _SILENT else err
     with closing(Bar(Progress(*columns, console=console, refresh_per_second=4), unit, label)) as made:
@@ -75,7 +76,7 @@ def leftovers(target: Path) -> None:
 
 def warn(sentence: str) -> None:
     """A sentence on stderr, as it is."""
-    err.print(sentence, markup=False)
+    err.print(sentence)
 
 
 def lost(store: Path, count: int) -> None:

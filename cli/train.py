@@ -131,7 +131,7 @@ def _say(result: TrainResult, dry_run: bool) -> None:
     elif result.stopped is not None:
         again = [word for word in sys.argv[1:] if word != "--resume"]
         show.out.print(f"Stopped after step {result.stopped:,}, which is saved. Go on with:")
-        show.out.print(f"llama3v-mlx {shlex.join([*again, '--resume'])}", markup=False)
+        show.out.print(f"llama3v-mlx {shlex.join([*again, '--resume'])}")
         raise typer.Exit(130)
     else:
         print_result(result)
@@ -221,7 +221,7 @@ def print_start(start: Start) -> None:
     """What will be trained on what, and one row as the model will see it, its targets in green."""
     print_problems(start.problems)
     for problem in start.shortened[:10]:
-        show.err.print(f"shortened: {problem}", markup=False)
+        show.err.print(f"shortened: {problem}")
     if len(start.shortened) > 10:
         show.err.print(f"... and {len(start.shortened) - 10} more")
     limit = f"about {show.size(start.memory)} of the {show.size(start.memory_limit)} here"
@@ -243,7 +243,7 @@ def print_start(start: Start) -> None:
 def print_problems(problems: tuple[Any, ...], most: int = 10) -> None:
     """Rows that were left out, and why."""
     for problem in problems[:most]:
-        show.err.print(f"left out: {problem}", markup=False)
+        show.err.print(f"left out: {problem}")
     if len(problems) > most:
         show.err.print(f"... and {len(problems) - most} more")
 
@@ -287,7 +287,7 @@ def print_result(result: TrainResult) -> None:
         f"{show.plural(result.steps, 'step')} on {show.plural(result.rows, 'row')} in {show.duration(result.seconds)}"
         f"{left_out}; {loss}{padding}."
     )
-    show.out.print(f"Run: {result.run_dir} ({', '.join(written(result))}, metrics.jsonl, loss.png)", markup=False)
+    show.out.print(f"Run: {result.run_dir} ({', '.join(written(result))}, metrics.jsonl, loss.png)")
 
 
 def written(result: TrainResult) -> list[str]:

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from mlx_llama3v.cli import show
 from mlx_llama3v.cli.chat import Conversation
 from mlx_llama3v.cli.dropped import take_dropped
 from mlx_llama3v.cli.transcript import Exchange, from_markdown, to_markdown
 from mlx_llama3v.errors import DataError, UserError
 from mlx_llama3v.inference import Piece, Sampling, load
 from tests.serving import ENDLESS_CLI, make_directory, png
+from tests.test_cli import Cli, cli  # noqa: F401  (a fixture)
 
 pty = pytest.importorskip("pty")
 
@@ -139,6 +141,24 @@ def test_answers_are_shown_and_never_obeyed(
     monkeypatch.setattr(chat.session, "ask", lambda *_: iter([Piece("\x1b]0;x\x07a\x9b2J\r\nb\té\n")]))
     chat.take("What?")
     assert capsys.readouterr().out == "]0;xa2J\nb\té\n\n"
+
+
+def test_names_with_brackets_are_shown_as_they_are(cli: Cli, directory: Path, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "photo[copy].jpg").write_bytes(png(1))
+    lines = f"{tmp_path}/photo[copy].jpg\n/image [/tmp/a.png]\n/image :cat:.png\n"
+    done = cli("chat", "--model", directory, stdin=lines)
+    assert done.status == 0 and "photo[copy].jpg: 70 x 40" in done.out
+    assert "error: [/tmp/a.png] cannot" in done.err and "error: :cat:.png cannot" in done.err
+
+
+def test_tables_and_bars_show_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    show.table("a[b].png :cat:", ["[text]", "[/x]"], [["a [red] circle [/y]", "[0]"]])
+    with show.bar("[z]", "rows") as bar:
+        bar.update(1, 2, "[/note]")
+    said = capsys.readouterr()
+    for text in ("a[b].png :cat:", "[text]", "[/x]", "a [red] circle [/y]", "[0]"):
+        assert text in said.out
+    assert "[z]" in said.err and "[/note]" in said.err
 
 
 def test_a_transcript_survives_any_text() -> None:
