@@ -298,6 +298,24 @@ def test_rows_join_and_leave(model: Llama3V, monkeypatch: pytest.MonkeyPatch) ->
     assert [told[n] for n in range(9)] == many
 
 
+def test_buffers_are_released(model: Llama3V, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths hardly ever come twice, so what MLX keeps of them would only grow."""
+    released: list[int] = []
+    monkeypatch.setattr(mx, "clear_cache", lambda: released.append(1))
+    monkeypatch.setattr("mlx_llama3v.inference.batch.CLEAR_STEPS", 4)
+    requests = [Request((Message("user", f"{n}, " * 5),)) for n in range(4)]
+    stopless = tiny_tokens()
+    stopless.stop = frozenset()
+    batch_generate(model, stopless, requests, 10, batch_size=4)
+    assert len(released) == 1 + 9 // 4  # one prefill, nine steps
+    released.clear()
+    alone = batch_generate(model, stopless, requests[:1], 2, prefill_step_size=5)[0].prompt_tokens
+    assert len(released) == -(-alone // 5) > 3
+    released.clear()
+    answer(Session(model, stopless, memory=Memory(prefill_step_size=5)), "0, " * 5, max_tokens=1)
+    assert len(released) == -(-alone // 5) - 1
+
+
 # --- shared beginnings
 
 

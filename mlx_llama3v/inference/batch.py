@@ -24,6 +24,7 @@ from mlx_llama3v.text.prompt import Message, Rendered, render
 from mlx_llama3v.text.tokens import Tokens
 
 PREFILL = 2048  # tokens that go through the decoder at a time
+CLEAR_STEPS = 256  # between two releases of MLX's buffers: lengths never come twice, so they would pile up
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,11 @@ class Prefill:
         end = min(self._done + tokens, len(self._ids))
         hidden = self.model.hidden(self._ids[None, self._done : end], self.cache, self._vectors[None, self._done : end])
         self._done = end
-        if end < len(self._ids):
-            mx.eval([layer.state for layer in self.cache])
-            return None
-        return _choose([self.row], self.model.logits(hidden[:, -1]))[0]
+        last = end == len(self._ids)
+        token = _choose([self.row], self.model.logits(hidden[:, -1]))[0] if last else None
+        mx.eval([layer.state for layer in self.cache])
+        mx.clear_cache()
+        return token
 
 
 class Running:
@@ -117,6 +119,7 @@ class Running:
         self.rows: list[Row] = []
         self._current: list[int] = []  # the last token of each row, not yet in the cache
         self._cache: list[Any] = []
+        self._steps = 0
 
     def join(self, row: Row, token: int, cache: list[Any]) -> None:
         """Add a row that was prefilled alone; `token` is the first of its answer."""
@@ -138,12 +141,16 @@ class Running:
             layer.finalize()
         first = _choose(rows, self.model.logits(last))
         self._extend(rows, first, cache)
+        mx.clear_cache()
         return first
 
     def step(self) -> list[int]:
         """The next token of every row, in the order of `rows`."""
         logits = self.model(mx.array(self._current)[:, None], self._cache)
         self._current = _choose(self.rows, logits[:, -1])
+        self._steps += 1
+        if self._steps % CLEAR_STEPS == 0:
+            mx.clear_cache()
         return list(self._current)
 
     def keep(self, wanted: Callable[[Row], bool]) -> None:

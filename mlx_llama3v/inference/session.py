@@ -287,6 +287,7 @@ class Session:
             maybe_quantize_kv_cache(self._cache, **options)
             if end < len(ids):
                 mx.eval([layer.state for layer in self._cache])
+                mx.clear_cache()
         return hidden
 
 
