@@ -37,7 +37,7 @@ def _file_limit_only_raised() -> Iterator[None]:
 
 with _file_limit_only_raised():
     from mlx_lm.generate import generate_step, maybe_quantize_kv_cache
-    from mlx_lm.models.cache import BatchKVCache, KVCache, trim_prompt_cache
+    from mlx_lm.models.cache import BatchKVCache, KVCache
     from mlx_lm.models.llama import Model as LlamaModel
     from mlx_lm.models.llama import ModelArgs as LlamaArgs
     from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
@@ -74,5 +74,4 @@ __all__ = [
     "make_logits_processors",
     "maybe_quantize_kv_cache",
     "quantize_model",
-    "trim_prompt_cache",
 ]

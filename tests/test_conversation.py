@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_llama3v.compat import KVCache
 from mlx_llama3v.config import Encoded
 from mlx_llama3v.errors import CheckpointError, ContextError
 from mlx_llama3v.inference import Answer, Memory, Request, Sampling, Session, batch_generate, load
@@ -94,6 +95,41 @@ def test_an_answer_that_is_dropped_for_another_question(model: Llama3V) -> None:
     assert list(dropped) == [] and len(session.turns) == 2 and session.turns[1].start == kept
     session.undo()
     assert answer(fresh(session), *SIX[2], max_tokens=6).tokens == last.tokens
+
+
+def test_an_answer_that_is_dropped_and_read_on_beside_another(model: Llama3V) -> None:
+    session = Session(model, TOKENS)
+    dropped = session.ask(*SIX[1], Sampling(max_tokens=30))
+    next(dropped), next(dropped)
+    second = session.ask(*SIX[2], Sampling(max_tokens=9))
+    pieces = [next(second), *dropped, *second]
+    other = fresh(session)
+    other.undo()
+    assert pieces[-1].answer.tokens == answer(other, *SIX[2], max_tokens=9).tokens
+
+
+@pytest.mark.parametrize("place", ["before", "within"])
+@pytest.mark.parametrize("count", [2, 4, 7, 8])  # in the second prefill, or while decoding; in either layer
+def test_an_interrupt_between_two_layers(
+    model: Llama3V, monkeypatch: pytest.MonkeyPatch, count: int, place: str
+) -> None:
+    session, calls = Session(model, TOKENS), []
+    answer(session, *SIX[1], max_tokens=6)
+    update = KVCache.update_and_fetch
+
+    def interrupted(self, keys, values):
+        calls.append(self)
+        if len(calls) == count:
+            self.offset += keys.shape[2] * (place == "within")  # as update_and_fetch does first
+            raise KeyboardInterrupt
+        return update(self, keys, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KVCache, "update_and_fetch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            answer(session, *SIX[3], max_tokens=6)
+    expected = answer(fresh(session), "And now?", max_tokens=8).tokens
+    assert answer(session, "And now?", max_tokens=8).tokens == expected
 
 
 @pytest.mark.parametrize("heard", [1, 2])

@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_llama3v.compat import generate_step, maybe_quantize_kv_cache, trim_prompt_cache
+from mlx_llama3v.compat import generate_step, maybe_quantize_kv_cache
 from mlx_llama3v.config import Encoded
 from mlx_llama3v.errors import ContextError
 from mlx_llama3v.inference.answer import Answer, Piece, Timings, Writer
@@ -97,9 +97,13 @@ class Session:
         self.turns: list[Turn] = []
         self._source: list[int] = []
         self._pictures: list[Encoded] = []
+        self._open: Writer | None = None  # of the answer that is being read
+        self._empty()
+
+    def _empty(self) -> None:
+        """Forget keys and values."""
         self._held = np.zeros(0, np.int64)
         self._cache = self.model.make_cache()
-        self._open: Writer | None = None  # of the answer that is being read
 
     def undo(self) -> Turn | None:
         """Take the last turn back, with its answer; what it shares with the next one need not be prefilled again."""
@@ -211,22 +215,28 @@ class Session:
         row, everything = self._with(turn), [*self._pictures, *pictures]
         keys = place_keys(row, everything, self.model)
         cached = min(common(self._held, keys), len(row) - 1)  # the last token is processed for its logits
-        trim_prompt_cache(self._cache, self._cache[0].offset - cached)
         self._held = keys[:cached]
+        for layer in self._cache:
+            layer.trim(layer.offset - cached)
         self._open = writer = Writer(self.tokens, sampling, max_tokens)
         with closing(self._steps(row, everything, cached, sampling, max_tokens)) as steps:
             try:
                 for token in steps:
-                    if self._open is not writer:
-                        return  # something else was asked meanwhile
                     if len(self._held) == cached:
                         prefilled = perf_counter()
                         self._note(turn, text, pictures)
                         self._held = keys
                     if piece := writer.add(token):
                         yield Piece(piece)
+                        if self._open is not writer:
+                            return  # something else was asked meanwhile
                     if writer.finish:
                         break
+            except GeneratorExit:  # the reader left between two passes
+                raise
+            except BaseException:  # within one: layers may hold different lengths, or a place without its keys
+                self._empty()
+                raise
             finally:  # also where the reader left: what was said so far ends the conversation
                 if self._open is writer:
                     self._settle()
