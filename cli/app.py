@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterable
 from importlib import import_module
+from io import TextIOWrapper
 from typing import Any, NoReturn
 
 import typer
@@ -73,6 +74,9 @@ def run() -> None:
     """Run the command line; every expected failure ends in one sentence on stderr and a non-zero status."""
     # Pillow warns of what it mends (a broken EXIF block); what it cannot mend is listed with its reason.
     warnings.filterwarnings("ignore", module="PIL")
+    for stream in (sys.stdin, sys.stdout):  # bytes that are no UTF-8: file names are shown, questions refused in words
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")
     words = [word for word in sys.argv[1:] if word == "--version" or not word.startswith("-")]
     # Importing all commands takes seconds (mlx-lm brings transformers): import the one that is asked for.
     wanted = [name for name in COMMANDS if words[:1] in ([name], [])]

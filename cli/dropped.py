@@ -9,7 +9,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 # One word of a shell: terminals quote a dropped path ('a b.png', also 'it'\''s.png') or escape it (a\ b\ \(1\).png).
-_WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\\.|[^\s'"\\])+""")
+# Not \s: a Mac's screenshots have a narrow no-break space (U+202F) in their names, which no terminal escapes.
+_WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\\.|[^ \t\r\n'"\\])+""")
 
 
 def typed_path(text: str) -> Path:

@@ -88,6 +88,8 @@ def test_every_command(chat: Conversation, directory: Path, tmp_path: Path, caps
         ("file://{0}/b%20(1).png", ["b (1).png"], ""),
         ("{0}/b (1).png", ["b (1).png"], ""),
         (r"{0}/a.png '{0}/b (1).png' What's  \new?", ["a.png", "b (1).png"], r"What's  \new?"),
+        ("{0}/Shot\\ at\\ 3.45\u202fPM.png What?", ["Shot at 3.45\u202fPM.png"], "What?"),  # a Mac's screenshot
+        ("'{0}/Shot at 3.45\u202fPM.png'", ["Shot at 3.45\u202fPM.png"], ""),
         ("a.png What?", [], "a.png What?"),  # a question that begins like a file here
         ("What's in {0}/a.png?", [], "What's in {0}/a.png?"),
         ("'", [], "'"),
@@ -97,7 +99,7 @@ def test_every_command(chat: Conversation, directory: Path, tmp_path: Path, caps
 def test_dropped_files(
     line: str, names: list[str], question: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("a.png", "b (1).png", "it's.png"):
+    for name in ("a.png", "b (1).png", "it's.png", "Shot at 3.45\u202fPM.png"):
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     paths, rest = take_dropped(line.replace("{0}", str(tmp_path)))

@@ -41,9 +41,11 @@ Cli = Callable[..., Outcome]
 def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
     """Run the command line in this process."""
 
-    def call(*args: object, stdin: str = "") -> Outcome:
+    def call(*args: object, stdin: str | bytes = "") -> Outcome:
         monkeypatch.setattr(sys, "argv", ["llama3v-mlx", *map(str, args)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        content = stdin if isinstance(stdin, bytes) else stdin.encode(errors="surrogateescape")
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+        sys.stderr.reconfigure(errors="backslashreplace")  # as the real one is
         monkeypatch.setenv("COLUMNS", "200")
         capsys.readouterr()
         status = 0

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
-from mlx_llama3v.cli.app import run
 from tests.serving import make_directory, png
 from tests.test_cli import Cli, cli, refused  # noqa: F401  (a fixture)
 
@@ -22,12 +20,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_pictures_and_json(
-    cli: Cli,  # noqa: F811
-    directory: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_pictures_and_json(cli: Cli, directory: Path) -> None:  # noqa: F811
     base = ("generate", "--model", directory, "--prompt", "What?", "--max-tokens", 5, "--json")
     images = [word for n in (0, 1) for word in ("--image", directory.parent / f"{n}.png")]
     both = json.loads(cli(*base, *images, "--max-slices", 2).out)
@@ -36,12 +29,7 @@ def test_pictures_and_json(
     one = json.loads(cli(*base, *images[:2]).out)
     assert one["prompt_tokens"] < both["prompt_tokens"] or one["slices"] != both["slices"]
 
-    monkeypatch.setattr(sys, "argv", ["llama3v-mlx", *map(str, base), "--image", "-"])
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(png(0))))
-    capsys.readouterr()
-    with pytest.raises(SystemExit, match="0"):
-        run()
-    assert json.loads(capsys.readouterr().out)["text"] == one["text"]
+    assert json.loads(cli(*base, "--image", "-", stdin=png(0)).out)["text"] == one["text"]
 
 
 def test_a_file_of_questions_goes_on(cli: Cli, directory: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -80,6 +68,15 @@ def test_lines_of_questions_end_at_newlines_alone(cli: Cli, directory: Path, tmp
     (tmp_path / "q.jsonl").write_text('{"prompt": "What\u2028shape\u0085?"}\r\n', encoding="utf-8")
     found = cli("generate", "--model", directory, "--prompts", tmp_path / "q.jsonl", "--max-tokens", 2)
     assert found.status == 0 and json.loads(found.out)["prompt"] == "What\u2028shape\u0085?", found.err
+
+
+def test_bytes_that_are_no_text(cli: Cli, directory: Path) -> None:  # noqa: F811
+    base, odd = ("generate", "--model", directory, "--max-tokens", 2), b'{"prompt": "a \xff?"}\n{"prompt": "b?"}\n'
+    refused(cli(*base, "--prompt", "-", stdin=odd), "not valid UTF-8")
+    asked = cli(*base, "--prompts", "-", stdin=odd)
+    assert "not valid UTF-8" in asked.err and "1 answered, 1 failed" in asked.err and "Traceback" not in asked.err
+    talk = cli("chat", "--model", directory, "--max-tokens", 2, stdin=b"a \xff?\nWhat?\n/save \xff/none.md\n")
+    assert talk.status == 0 and talk.out and "not valid UTF-8" in talk.err and "none.md cannot be written" in talk.err
 
 
 def test_mistakes(cli: Cli, directory: Path, tmp_path: Path) -> None:  # noqa: F811
