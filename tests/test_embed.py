@@ -488,6 +488,48 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, folder: Path) -> None:
     assert Store(tmp_path / "whole").names == Store(tmp_path / "s").names
 
 
+class Stop:
+    """Ctrl-C after so many names."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def __call__(self, progress: EmbedProgress) -> None:
+        if progress.done == self.at:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_keeps_names_that_need_no_encoder(tmp_path: Path, folder: Path) -> None:
+    images = write(folder, {f"{n}": str(n) for n in range(20)})
+    run(tmp_path / "s", images, FakeEncoder())
+    renamed = [(f"new{name}", path) for name, path in images]
+    mixed = [*renamed, *((f"gone{n}", folder / f"gone{n}") for n in range(10)), *write(folder, {"x": "99", "y": "100"})]
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "s", mixed, FakeEncoder(), progress=Stop(30))
+    store = Store(tmp_path / "s")
+    assert set(store.names) == {name for name, _ in [*images, *renamed]} and len(store.failures) == 10
+
+
+def test_names_that_need_no_encoder_do_not_wait_for_it(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They reach the disk under way, and the batches of the others are the same."""
+    monkeypatch.setattr("mlx_llama3v.embeddings.embed._NAMES", 8)
+    monkeypatch.setattr("mlx_llama3v.embeddings.writer._MAX_ALIASES", 16)
+    images = write(folder, {f"{n}": str(3 * n) for n in range(50)})
+    run(tmp_path / "s", images[:25], FakeEncoder())
+    kept: list[int] = []
+    mixed = [pair for name, path in images for pair in ((f"copy{name}", path), (f"again{name}", path))]
+    mixed[10:10] = [(f"gone{n}", folder / f"gone{n}") for n in range(20)]
+    encoder = FakeEncoder()
+    run(tmp_path / "s", mixed, encoder, progress=lambda progress: kept.append(len(Store(tmp_path / "s"))))
+    assert encoder.calls == [1, 8, 8, 8]
+    assert kept[69] >= 25 + 2 * 16 and kept[0] == 25  # so many names, 50 of them known, before the first is encoded
+    assert set(Store(tmp_path / "s").names) == {name for name, _ in images[:25]} | {
+        name for name, _ in mixed if "gone" not in name
+    }
+
+
 def test_a_bug_in_prepare_is_not_a_failed_picture(tmp_path: Path, folder: Path) -> None:
     class Buggy(FakeEncoder):
         def prepare(self, source: Loaded) -> tuple[SliceLayout, list[np.ndarray]]:

@@ -3,7 +3,8 @@ thread compresses and writes what was encoded before. All three work at once, ea
 
 Pictures are stored in the order given and nothing depends on timing; a run that was killed goes on where the
 last complete shard ends. All that it had encoded beyond that, or was encoding, takes no more than a shard
-(`_Behind`), but for the sample that a codec is fitted to before the first one. Ctrl-C loses only what is under way.
+(`_Behind`), but for the sample that a codec is fitted to before the first one. Names that need no encoder (of known
+bytes, unreadable) do not wait for those that do. Ctrl-C loses only what is under way.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from mlx_llama3v.source import Source
 from mlx_llama3v.vision.encode import Form, as_values
 
 _WINDOW = 4  # batches that are collected before encoding: slices of like shape find each other there
+_NAMES = 256  # that need no encoder, and are handed on together
 _WINDOWS = 8  # a shard holds at least: it is closed when two more could exceed it (`_Behind`)
 
 
@@ -73,6 +75,12 @@ class _Window:
     @property
     def slices(self) -> int:
         return sum(len(patches) for _, _, patches in self.pictures.values())
+
+    def take_names(self) -> _Window:
+        """What needs no encoder, which leaves this window."""
+        taken = _Window(known=self.known, failed=self.failed)
+        self.known, self.failed = [], []
+        return taken
 
 
 @dataclass
@@ -147,16 +155,20 @@ def embed_images(
     most = batch_size * _WINDOW
     window = _Window()
     with _Behind(writer, run) as behind:
-        for name, prepared in _prepare_ahead(todo, encoder, writer, workers, most, run):
-            if window.pictures and window.bytes + behind.bytes(prepared.layout) > writer.most_lost / _WINDOWS:
-                window = _encode(window, encoder, batch_size, behind, run)
-            _take(name, prepared, window, behind, run)
-            if window.slices >= most:
-                window = _encode(window, encoder, batch_size, behind, run)
-            if progress is not None:
-                progress(run.progress())
-        _encode(window, encoder, batch_size, behind, run)
-        behind.wait()
+        try:
+            for name, prepared in _prepare_ahead(todo, encoder, writer, workers, most, run):
+                if window.pictures and window.bytes + behind.bytes(prepared.layout) > writer.most_lost / _WINDOWS:
+                    window = _encode(window, encoder, batch_size, behind, run)
+                _take(name, prepared, window, behind, run)
+                if window.slices >= most:
+                    window = _encode(window, encoder, batch_size, behind, run)
+                if progress is not None:
+                    progress(run.progress())
+            _encode(window, encoder, batch_size, behind, run)
+            behind.wait()
+        except KeyboardInterrupt:
+            behind.end(window.take_names())
+            raise
     writer.flush()
     if progress is not None:
         progress(run.progress())
@@ -212,6 +224,12 @@ class _Behind:
         if running is not None:
             self._run.bytes += running.result()
         self.hashes = frozenset()
+
+    def end(self, window: _Window) -> None:
+        """Write what was started, and the names of `window`. Raises StoreError."""
+        self._pool.shutdown()  # first, since `wait` may have been interrupted
+        self.wait()
+        _write(self.writer, window, {}, 0)
 
     def __enter__(self) -> _Behind:
         return self
@@ -284,6 +302,8 @@ def _take(name: str, prepared: Prepared, window: _Window, behind: _Behind, run: 
     elif prepared.layout is not None:
         window.pictures[prepared.sha] = ([name], prepared.layout, prepared.patches)
         window.bytes += behind.bytes(prepared.layout)
+    if len(window.known) + len(window.failed) >= _NAMES:
+        behind.start(window.take_names(), {})
 
 
 def _encode(window: _Window, encoder: Encoder, batch_size: int, behind: _Behind, run: _Run) -> _Window:

@@ -1,6 +1,8 @@
 """Fills a store: pictures wait in memory until a shard is full.
 
 So a kill loses at most one shard of what was put here; embed.py sees to it that what is on its way here counts, too.
+Names of pictures that are stored already become a shard of their own now and then; failures, which are tried again in
+any case, are listed with the next shard and at the end.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from mlx_llama3v.errors import StoreError
 from mlx_llama3v.vision.encode import Form
 
 _MAX_NAMES = 1 << 16  # of one shard: keeps its index small where pictures are tiny
+_MAX_ALIASES = 1 << 12  # of them for pictures that wait no more: a kill costs reading so many files again
 _UNFITTED_BYTES = 64 << 20  # of float32 values that wait for the codec to be fitted to them, where nobody did before
 
 
@@ -200,7 +203,8 @@ class StoreWriter:
         self._names[name] = self._new_names[name] = sha
         if self._failures.pop(name, None) is not None:
             self._failures_changed = True
-        if self.pending_bytes >= self.most_lost or len(self._new_names) >= _MAX_NAMES:
+        aliases = len(self._new_names) - len(self._pictures) - len(self._unfitted)
+        if self.pending_bytes >= self.most_lost or len(self._new_names) >= _MAX_NAMES or aliases >= _MAX_ALIASES:
             self.flush()
 
     def fail(self, name: str, reason: str) -> None:
