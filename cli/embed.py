@@ -121,8 +121,8 @@ def _estimate(model: str, data: Path, output: Path, settings: dict[str, Any], js
 
 def _note(progress: EmbedProgress) -> str:
     """Slices and bytes so far, their rate, and whether the encoder has to wait for pictures."""
-    if progress.fitting:
-        return "fitting the codec to a sample"
+    if progress.before:
+        return progress.before
     seconds = max(progress.seconds, 1e-9)
     return (
         f"{progress.slices / seconds:,.1f} slices/s, {show.size(progress.bytes)}, "

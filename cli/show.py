@@ -39,6 +39,8 @@ class Bar:
         if not self._shown:
             self._progress.start()
         self._used = self._shown = True
+        if done < self._progress.tasks[self._task].completed:  # what came before is done, and has another rate
+            self._progress.reset(self._task)
         self._progress.update(self._task, completed=done, total=total, note=note)
         elapsed = self._progress.tasks[self._task].elapsed or 0.0
         if elapsed > 0:

@@ -91,7 +91,7 @@ class Ahead:
                 "--image-folder says where names in the data file start."
             )
         describe = plain(post.describe()) if post is not None else {}
-        width = model.hidden_size if "projector" in describe else encoder.vision.hidden_size
+        width = model.hidden_size if "projector" in describe else model.projector_config.in_dim
         if post is not None:
             layouts = {name: post.layout(layout) for name, layout in layouts.items()}
         self._check_budget(layouts, width)

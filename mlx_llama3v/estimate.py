@@ -23,14 +23,16 @@ from mlx_llama3v.data.hf import TableCell
 from mlx_llama3v.data.records import Problem
 from mlx_llama3v.data.sources import FilePart
 from mlx_llama3v.embeddings.codec import CODECS, get_codec
+from mlx_llama3v.embeddings.sample import evenly
 from mlx_llama3v.errors import ImageError, StoreError, size
 from mlx_llama3v.source import Source
 from mlx_llama3v.vision.encode import Encoder
 from mlx_llama3v.vision.image import image_size
 from mlx_llama3v.vision.pool import pooled_layout
-from mlx_llama3v.vision.tiling import Size, plan
+from mlx_llama3v.vision.tiling import MOST_PATCHES, Size, plan
 
 _CHUNK = 256  # pictures a thread takes at a time
+_RUN, _RUNS = 16, 32  # pictures of a table that are looked at in one place; places
 _INDEX_BYTES = 200  # a picture's share of a shard's index: hash, name, layout
 _SPARE_BYTES = 16 << 20  # that stay free: manifest, failures, the file system's own
 
@@ -57,11 +59,14 @@ class Form:
     tiling: TilingConfig
     pool: int = 1
     projector: ProjectorConfig | None = None  # whose output is stored
+    embedding: int | None = None  # values of one patch's embedding, where they are not the tower's width (S2)
 
     @property
     def width(self) -> int:
         """Values of one stored row."""
-        return self.projector.out_dim if self.projector is not None else self.vision.hidden_size
+        if self.projector is not None:
+            return self.projector.out_dim
+        return self.embedding or self.vision.hidden_size
 
     def rows(self, layout: SliceLayout) -> int:
         """Stored rows of one picture."""
@@ -84,7 +89,7 @@ class Volume:
 class Speed:
     """What was measured on this device; 0 where there was nothing to measure on."""
 
-    encode_seconds: float = 0.0  # a patch
+    encode_seconds: float = 0.0  # a patch of the layout
     slice_seconds: float = 0.0
     prepare_seconds: float = 0.0  # a picture, on one core
     slices: int = 0  # that were timed
@@ -181,9 +186,9 @@ def volume(sizes: Mapping[Size, int], form: Form) -> Volume:
 
 def most_bytes(pictures: int, form: Form, codec: str) -> int:
     """What no set of that many pictures exceeds: all of them split as far as the cap allows."""
-    layout = SliceLayout((form.vision.grid,) * 2, 1, form.tiling.max_slices, (form.vision.grid,) * 2)
-    if form.tiling.mode != "uhd":
-        layout = SliceLayout(layout.overview)
+    grid = (form.vision.grid,) * 2 if form.tiling.mode != "minicpm" else (MOST_PATCHES, 1)
+    split = form.tiling.mode in ("uhd", "minicpm")
+    layout = SliceLayout(grid, 1, form.tiling.max_slices, grid) if split else SliceLayout(grid)
     rows = max(form.rows(layout), layout.patches)  # a long slice pools into more rows than a square one
     return pictures * (_INDEX_BYTES + rows * get_codec(codec).row_bytes(form.width))
 
@@ -221,7 +226,7 @@ def measure(
     if seconds < limit_seconds:
         chosen = slices[: batch_size * max(1, min(batches, int(limit_seconds / max(seconds, 1e-9))))]
         seconds = timed(chosen)
-    patches = sum(len(rows) for _, rows in chosen)
+    patches = sum(rows * columns for (rows, columns), _ in chosen)
     return Speed(seconds / patches, seconds / len(chosen), prepare_seconds / prepared, len(chosen))
 
 
@@ -239,7 +244,7 @@ def advice(sizes: Mapping[Size, int], form: Form, codec: str, free: int) -> str:
     smaller = [
         name for name in smaller if get_codec(name).row_bytes(form.width) < get_codec(codec).row_bytes(form.width)
     ]
-    caps = range(form.tiling.max_slices - 1, -1, -1) if form.tiling.mode == "uhd" else ()
+    caps = range(form.tiling.max_slices - 1, -1, -1) if form.tiling.mode in ("uhd", "minicpm") else ()
     whole = volume(sizes, form).bytes
     for name in reversed(smaller):  # the largest that fits loses least
         if whole[name] <= free:
@@ -254,26 +259,40 @@ def advice(sizes: Mapping[Size, int], form: Form, codec: str, free: int) -> str:
 
 
 def require_room(
-    pictures: Mapping[str, Source], image: ImageConfig, form: Form, codec: str, output: Path, ranks: int = 1
+    pictures: Mapping[str, Source],
+    image: ImageConfig,
+    form: Form,
+    codec: str,
+    output: Path,
+    ranks: int = 1,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Refuse what the disk cannot hold. Raises StoreError that names options under which it would fit.
 
-    Headers are read only where the largest that these pictures can become would not fit. `ranks` processes with a
-    part of this size each share the disk.
+    Headers are read only where the largest that these pictures can become would not fit; of tables, which would be
+    read whole, those of a sample. `ranks` processes with a part of this size each share the disk.
     """
     free = free_bytes(output) // ranks
     if most_bytes(len(pictures), form, codec) <= free:
         return
-    found = scan(pictures, image)
-    needed = volume(found.sizes, form).bytes[codec]
-    if needed <= free:
+    some = _runs(pictures) if any(isinstance(source, TableCell) for source in pictures.values()) else pictures
+    found, share = scan(some, image, progress=progress), len(some) / len(pictures)
+    needed, free = volume(found.sizes, form).bytes[codec] / share, int(free * share)
+    if needed * share <= free:
         return
     options = advice(found.sizes, form, codec, free)
     way = f"{options} would fit" if options else "no codec or cap on slices would fit: free some space"
     raise StoreError(
-        f"{output} would need {size(needed)} for {found.pictures:,} pictures, its disk has {size(free)} "
-        f"free; {way} (--no-check-disk starts all the same)."
+        f"{output} would need {size(needed)} for {found.pictures / share:,.0f} pictures, its disk has "
+        f"{size(free / share)} free; {way} (--no-check-disk starts all the same)."
     )
+
+
+def _runs(pictures: Mapping[str, Source]) -> dict[str, Source]:
+    """A sample in a few places, some neighbours at each: that reads little of a table."""
+    items = [*pictures.items()]
+    starts = evenly(range(0, len(items), _RUN), _RUNS)
+    return {name: source for start in starts for name, source in items[start : start + _RUN]}
 
 
 def duration(volume: Volume, speed: Speed, workers: int) -> float:

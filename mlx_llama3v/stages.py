@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,8 @@ def _form(config: ModelConfig, max_slices: int | None, pool: int | None, after_p
     """How embeddings will be made and held."""
     tiling = config.tiling if max_slices is None else replace(config.tiling, max_slices=max_slices)
     projector = config.projector_config if after_projector is not None else None
-    return Form(config.vision_config, tiling, pool or stored_pool(config, after_projector), projector)
+    pool = pool or stored_pool(config, after_projector)
+    return Form(config.vision_config, tiling, pool, projector, config.projector_config.in_dim)
 
 
 def embed_data(
@@ -172,7 +174,8 @@ def embed_data(
         if check_disk:
             todo = {name: source for name, source in mine.items() if not writer.has(name)}
             form = _form(config, max_slices, pool, after_projector)
-            estimate.require_room(todo, config.image, form, codec, output, ranks.size)
+            scanned = None if progress is None else partial(_tell_scan, progress)
+            estimate.require_room(todo, config.image, form, codec, output, ranks.size, scanned)
         if not writer.fitted and (fit := ranks.fit()):
             writer.fit(fit)
         summary = embed_images(
@@ -192,6 +195,10 @@ def embed_data(
     if ranks.rank == 0:
         write_atomic(output / SUMMARY, [(json.dumps(report.to_dict(), indent=2) + "\n").encode()])
     return report
+
+
+def _tell_scan(progress: Callable[[EmbedProgress], None], done: int, total: int) -> None:
+    progress(EmbedProgress(done, total, 0, 0, 0.0, 0.0, "reading headers: all this may not fit on the disk"))
 
 
 def picture_names(data: Path, *, partly: bool = False) -> list[str]:

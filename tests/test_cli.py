@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from mlx_llama3v.cli import show
 from mlx_llama3v.cli.app import COMMANDS, build, run
 from mlx_llama3v.cli.interrupt import interruptible
 from mlx_llama3v.demo.dataset import DataSet, draw
@@ -93,6 +94,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 def _picture(world: World) -> Path:
     return sorted(world.data.images.iterdir())[0]
+
+
+def test_a_bar_that_begins_anew_has_a_new_rate() -> None:
+    with show.bar("embed", "images") as bar:
+        bar.update(900, 900, "reading headers")
+        task = bar._progress.tasks[0]
+        assert task.start_time is not None
+        task.start_time -= 100
+        bar.update(0, 900)
+        assert (task.completed, task.total) == (0, 900) and (task.elapsed or 0) < 1
 
 
 # --- help

@@ -454,7 +454,7 @@ def test_progress_is_told(tmp_path: Path, folder: Path) -> None:
     told: list[EmbedProgress] = []
     summary = run(tmp_path / "s", images, FakeEncoder(), progress=told.append)
     assert [p.done for p in told] == sorted(p.done for p in told) and told[0].done >= 2
-    assert not any(p.fitting for p in told)
+    assert not any(p.before for p in told)
     last = told[-1]
     assert (last.done, last.total) == (11, 11)
     assert (last.slices, last.bytes, last.waiting_seconds) == (
@@ -465,7 +465,7 @@ def test_progress_is_told(tmp_path: Path, folder: Path) -> None:
     told.clear()
     with StoreWriter(tmp_path / "fitted", {"weights": "fake"}, "int8") as writer:
         embed_images(images, FakeEncoder(), writer, progress=told.append)
-    assert [p.fitting for p in told] == [True, *[False] * (len(told) - 1)] and told[0].done == told[0].slices == 0
+    assert [bool(p.before) for p in told] == [True, *[False] * (len(told) - 1)] and told[0].done == told[0].slices == 0
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, folder: Path) -> None:

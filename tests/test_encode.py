@@ -20,7 +20,7 @@ from mlx_llama3v.config import ImageConfig, TilingConfig, VisionConfig
 from mlx_llama3v.errors import ImageError
 from mlx_llama3v.vision import families
 from mlx_llama3v.vision.encode import Encoder, bucket, normalised, patchify
-from mlx_llama3v.vision.families import PaddingEncoder, ScalesEncoder
+from mlx_llama3v.vision.families import PaddingEncoder, ScalesEncoder, StripEncoder
 from mlx_llama3v.vision.siglip import VisionTower, position_table, tower_weights
 from mlx_llama3v.vision.tiling import plan
 from tests.hf_siglip import make_siglip
@@ -230,3 +230,16 @@ def test_the_square_around_a_long_picture_takes_no_gigabytes(tmp_path: Path, mon
     monkeypatch.setattr(families, "_MOST_SIDE", 512)
     apart = np.abs(encoder.prepare(tmp_path / "photo.png")[1][0] - whole)
     assert apart.max() <= 3 and apart.mean() < 0.2
+
+
+def test_a_slice_that_no_memory_would_hold_is_refused(tmp_path: Path) -> None:
+    """MiniCPM-V's slices keep a picture's shape, so one pixel by many is one patch by more than many."""
+    vision = VisionConfig(32, 64, 1, 2, image_size=64, patch_size=14)
+    encoder = StripEncoder(VisionTower(vision), vision, ImageConfig(), TilingConfig("minicpm", 9))
+    for size, fits in (((1, 400_000), False), ((9, 3000), True)):
+        Image.new("RGB", size).save(tmp_path / "long.png")
+        if fits:
+            encoder.prepare(tmp_path / "long.png")
+            continue
+        with pytest.raises(ImageError, match=r"long.png is too long: a slice of it has 20,239 patches, more"):
+            encoder.prepare(tmp_path / "long.png")

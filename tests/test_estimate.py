@@ -15,18 +15,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mlx_llama3v import estimate
+from mlx_llama3v import errors, estimate
+from mlx_llama3v.ahead import Ahead, AheadConfig
 from mlx_llama3v.checkpoint import load_config
 from mlx_llama3v.config import ImageConfig, ProjectorConfig, TilingConfig, VisionConfig
 from mlx_llama3v.data.dataset import read_data
+from mlx_llama3v.data.hf import TableCell
 from mlx_llama3v.data.sources import FilePart, Refused
 from mlx_llama3v.embeddings.codec import CODECS
+from mlx_llama3v.embeddings.embed import EmbedProgress
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.errors import ImageError, StoreError
 from mlx_llama3v.estimate import Form
-from mlx_llama3v.stages import embed_data, estimate_data
+from mlx_llama3v.stages import _form, embed_data, estimate_data
 from mlx_llama3v.weights import TINY
 from mlx_llama3v.weights.convert import convert
+from mlx_llama3v.weights.vlm import convert_vlm
+from tests.parity.test_bunny import Reference
 from tests.test_cli import Cli, cli, refused  # noqa: F401  (a fixture)
 from tests.test_webdataset import shard
 
@@ -152,10 +157,12 @@ SIZES = st.dictionaries(
 
 
 @settings(max_examples=60, deadline=None)
-@given(SIZES, st.integers(0, 8), st.integers(1, 3), st.booleans())
-def test_nothing_exceeds_the_bound(sizes: dict[tuple[int, int], int], cap: int, pool: int, projects: bool) -> None:
+@given(SIZES, st.sampled_from(["uhd", "minicpm", "pad"]), st.integers(0, 8), st.integers(1, 3), st.booleans())
+def test_nothing_exceeds_the_bound(
+    sizes: dict[tuple[int, int], int], mode: str, cap: int, pool: int, projects: bool
+) -> None:
     projector = ProjectorConfig(in_dim=1152, out_dim=2048) if projects else None
-    form = Form(SO400M, TilingConfig("uhd", cap), pool, projector)
+    form = Form(SO400M, TilingConfig(mode, cap), pool, projector)
     found = estimate.volume(sizes, form)
     for codec in CODECS:
         assert found.bytes[codec] <= estimate.most_bytes(found.pictures, form, codec)
@@ -177,6 +184,59 @@ def test_what_is_advised_fits(sizes: dict[tuple[int, int], int], codec: str, sha
         assert estimate.volume(sizes, Form(SO400M, TilingConfig("uhd", cap))).bytes[chosen] <= free
     elif codec != min(CODECS, key=lambda name: CODECS[name].row_bytes(1152)):
         assert least > free
+
+
+def test_three_scales_are_three_times_as_wide(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bunny 1.1: 14 tiles make one slice, which the estimate's time and `embed`'s share of padding take as one."""
+    bunny = Reference(tmp_path / "bunny", (1, 2, 3)).directory
+    model = convert_vlm(bunny, tmp_path / "model").path
+    said = estimate_data(model, photos, tmp_path / "store", codec="int8", batch_size=2)
+    assert said.volume.patches * said.speed.encode_seconds == pytest.approx(6 * said.speed.slice_seconds)
+    report = embed_data(model, photos, tmp_path / "store", codec="int8")
+    assert report.info["width"] == 3 * 64 and report.to_dict()["padding_share"] == 0
+    assert report.summary.bytes == said.volume.bytes["int8"] - 6 * estimate._INDEX_BYTES
+    paths = {f"{n}.jpg": photos / f"{n}.jpg" for n in range(6)}
+    with Ahead(tmp_path / "ahead", AheadConfig(str(model), 10**6, "int8"), paths) as ahead:
+        assert ahead.store.width == 3 * 64
+        ahead.store.expect([(0, [*paths])])
+        ahead.store.begin(0)
+        for name in paths:
+            assert ahead.store.read(name).patches.shape == Store(tmp_path / "store").read(name).patches.shape
+
+
+def test_headers_that_are_read_before_the_work_are_told(
+    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = estimate.most_bytes(7, _form(load_config(model), None, None, None), "int4")
+    for free, told in ((most, False), (most - 1, True)):
+        disk(monkeypatch, free)
+        seen: list[EmbedProgress] = []
+        embed_data(model, photos, tmp_path / f"{free}", progress=seen.append)
+        headers = [(p.done, p.total) for p in seen if p.before.startswith("reading headers")]
+        assert headers == [(7, 7)] * told and seen[-1].before == ""
+
+
+def test_of_a_table_a_sample_is_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its headers lie between its pictures: all of it would be read."""
+    read = []
+
+    def content(self: TableCell) -> bytes:
+        read.append(self.row)
+        return small if self.row % 2 else large
+
+    small, large = saved((64, 64)), saved((640, 480))
+    monkeypatch.setattr(TableCell, "read", content)
+    form, where = Form(SO400M, TilingConfig("uhd", 6)), tmp_path / "store"
+    pictures: dict[str, Any] = {f"{n}": TableCell(tmp_path / "t.parquet", "image", n, 0) for n in range(5000)}
+    needed = estimate.volume({(64, 64): 2500, (640, 480): 2500}, form).bytes
+    disk(monkeypatch, needed["int4"])
+    estimate.require_room(pictures, ImageConfig(), form, "int4", where)
+    assert len(read) == 512 and read[-1] > 4700
+    with pytest.raises(StoreError, match=rf"need {errors.size(needed['int8'])} for 5,000 pictures, .*int4"):
+        estimate.require_room(pictures, ImageConfig(), form, "int8", where)
+    few = dict([*pictures.items()][:40])
+    disk(monkeypatch, estimate.volume({(64, 64): 20, (640, 480): 20}, form).bytes["int4"])
+    estimate.require_room(few, ImageConfig(), form, "int4", where)
 
 
 def test_a_disk_that_is_too_small_is_refused(

@@ -43,7 +43,7 @@ class EmbedProgress:
     bytes: int  # of embeddings made, as stored
     seconds: float
     waiting_seconds: float  # that the encoder waited for pictures
-    fitting: bool = False  # whether the codec is being fitted, before the first picture
+    before: str = ""  # what is done before the first picture
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,10 @@ class _Run:
         """About how many pictures hold that many slices, by what was seen so far."""
         return -(-slices * max(1, self.new) // max(1, self.slices))
 
-    def progress(self, *, fitting: bool = False) -> EmbedProgress:
+    def progress(self, before: str = "") -> EmbedProgress:
         done = self.new + self.duplicates + self.reused + self.failed
         seconds = time.perf_counter() - self.started
-        return EmbedProgress(done, self.total, self.slices, self.bytes, seconds, self.waiting_seconds, fitting)
+        return EmbedProgress(done, self.total, self.slices, self.bytes, seconds, self.waiting_seconds, before)
 
     def summary(self) -> EmbedSummary:
         counts = {f.name: getattr(self, f.name) for f in fields(EmbedSummary) if f.name != "seconds"}
@@ -147,7 +147,7 @@ def embed_images(
     workers = workers or min(8, os.cpu_count() or 1)
     if todo and not writer.fitted:
         if progress is not None:
-            progress(run.progress(fitting=True))
+            progress(run.progress("fitting the codec to a sample"))
         sources = whole or [source for _, source in todo]
         fit = fit_sample(writer.codec, sources, encoder, writer.post, batch_size=batch_size, workers=workers)
         if fit is not None:

@@ -18,7 +18,7 @@ from mlx_llama3v.vision.encode import Form
 class Encoder(Protocol):
     """What is asked of vision.encode.Encoder."""
 
-    rows: int  # patches that the tower ran over so far, padding included
+    rows: int  # patches of layouts that the tower ran over so far, padding included
 
     def prepare(self, source: Loaded) -> tuple[SliceLayout, list[np.ndarray]]:
         """Layout and the patches [P_i, C] of each slice; called in threads. Raises ImageError."""

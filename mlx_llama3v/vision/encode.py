@@ -73,7 +73,7 @@ class Encoder:
     """A frozen tower and all that decides what it sees: pixel preprocessing, tiling, the layer to read.
 
     Attributes:
-        rows: patches that the tower ran over so far, padding included.
+        rows: patches of layouts that the tower ran over so far, padding included.
     """
 
     def __init__(

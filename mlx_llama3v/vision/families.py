@@ -18,11 +18,11 @@ import numpy as np
 from PIL import Image
 
 from mlx_llama3v.config import Grid, ModelConfig, SliceLayout, TilingConfig
-from mlx_llama3v.errors import CheckpointError
+from mlx_llama3v.errors import CheckpointError, ImageError
 from mlx_llama3v.vision.encode import Encoder, Form, Slice, as_values, patchify
-from mlx_llama3v.vision.image import Source, cut, open_image
+from mlx_llama3v.vision.image import Source, cut, named, open_image
 from mlx_llama3v.vision.siglip import VisionTower, _bicubic
-from mlx_llama3v.vision.tiling import plan
+from mlx_llama3v.vision.tiling import MOST_PATCHES, plan
 
 SCALES = (1, 2, 3)  # of s2
 _MOST_SIDE = 8192  # of a padded square; the square of a long picture can have gigabytes, so that is made smaller before
@@ -94,7 +94,9 @@ class ScalesEncoder(PaddingEncoder):
         """See Encoder; of [P, 3 * D]."""
         count = sum(scale**2 for scale in SCALES)
         tiles = [(grid, part) for grid, patches in slices for part in np.split(patches, count)]
+        before = self.rows
         hidden = [made["values"] for made in super().encode_as(as_values, tiles, batch_size)]
+        self.rows = before + (self.rows - before) // count  # all tiles of a patch are one
         found = []
         for number, (grid, _) in enumerate(slices):
             joined = mx.array(self._joined(hidden[number * count : (number + 1) * count], grid))
@@ -133,9 +135,13 @@ class StripEncoder(PaddingEncoder):
     def prepare(self, source: Source) -> tuple[SliceLayout, list[np.ndarray]]:
         """See Encoder; with `flat` every slice has as many rows as the longest of the picture."""
         layout, patches = super().prepare(source)
+        longest = max(map(len, patches))
+        if longest > MOST_PATCHES:
+            raise ImageError(
+                f"{named(source)} is too long: a slice of it has {longest:,} patches, more than {MOST_PATCHES:,}."
+            )
         if not self.flat:
             return layout, patches
-        longest = max(map(len, patches))
         return layout, [np.pad(rows, ((0, longest - len(rows)), (0, 0))) for rows in patches]
 
     def _batches(self, slices: Sequence[Slice], size: int) -> list[list[int]]:

@@ -110,7 +110,7 @@ def _orientation(image: Image.Image) -> int:
 @contextmanager
 def _reading(source: Source, max_pixels: int) -> Iterator[Image.Image]:
     """The opened file, size checked; whatever goes wrong inside becomes an ImageError."""
-    name = f"the picture of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+    name = named(source)
     try:
         if not isinstance(source, (str, Path, bytes)):
             source = source.read()
@@ -121,6 +121,11 @@ def _reading(source: Source, max_pixels: int) -> Iterator[Image.Image]:
             yield image
     except _DECODER_ERRORS as error:
         raise ImageError(f"{name} cannot be read as a picture: {_reason(error)}.") from error
+
+
+def named(source: Source) -> str:
+    """What messages call it."""
+    return f"the picture of {len(source)} bytes" if isinstance(source, bytes) else str(source)
 
 
 def _reason(error: BaseException) -> str:

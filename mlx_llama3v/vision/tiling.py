@@ -91,12 +91,13 @@ def _fit(width: int, height: int, cap: int) -> Grid:
 
 
 _SIDE = 448  # pixels of the square whose area a slice of MiniCPM-V has
+MOST_PATCHES = 70**2  # of a slice of it that is still encoded: its tower's own square
 
 
 def minicpm(width: int, height: int, patch: int, max_slices: int) -> Plan:
     """MiniCPM-V 2.5's own splitting, floats and rounding included: its weights know these grids.
 
-    Slices may have more patches than a native square (up to about 1,070, long pictures far more).
+    Slices have about 1,070 patches at most, of pictures that are very long far more.
     """
     count = min(ceil(width * height / _SIDE**2), max_slices)
     whole = _near(width, height, patch, upscale=count <= 1)
