@@ -83,6 +83,41 @@ def test_several_pictures_in_a_sample(tmp_path: Path) -> None:
     ]
 
 
+def test_members_that_are_no_neighbours_are_a_problem(tmp_path: Path) -> None:
+    """As `tar` packs them in the order of a folder; one sample after the other they are read."""
+    names = [f"{n}{ending}" for ending in (".jpg", ".txt") for n in range(5)]
+    apart = read_data(shard(tmp_path / "s.tar", {name: name for name in [*names, "info.json"]}))
+    assert not apart.records and len(apart.names) == 5
+    assert [str(problem) for problem in apart.problems][:1] == [
+        "s.tar: 0: its text has no picture next to it in the shard; sort the shard by name"
+    ]
+    assert len(apart.problems) == 5 + 1  # and what is no JSON
+    together = read_data(shard(tmp_path / "t.tar", {name: name for name in sorted(names)}))
+    assert len(together.records) == 5 and not together.problems
+
+
+def test_names_with_points_in_them(tmp_path: Path) -> None:
+    """A key ends at the first point, but not where that would make one sample of many."""
+    members: dict[str, bytes | str] = {}
+    for n in range(3):
+        members |= {f"a/Shot 05-01 at 10.15.{n}{ending}": f"{n}" for ending in (".png", ".txt")}
+    members |= {"1.left.jpg": "l", "1.right.jpg": "r", "1.txt": "both"}
+    members |= {"2.left.jpg": "l", "2.left.txt": "left", "2.right.jpg": "r"}
+    members |= {"3.jpg": "x", "3.caption.txt": "three"}
+    members |= {"4.jpg": "x", "4.a.txt": "first", "4.b.txt": "second", "4.json": "{}"}
+    data = read_data(shard(tmp_path / "s.tar", members))
+    found = {record.messages[-1].text: record.images for record in data.records}
+    shots = {f"{n}": (f"s.tar/a/Shot 05-01 at 10.15.{n}.png",) for n in range(3)}
+    assert found == shots | {
+        "both": ("s.tar/1.left.jpg", "s.tar/1.right.jpg"),
+        "left": ("s.tar/2.left.jpg",),
+        "three": ("s.tar/3.jpg",),
+        "first": ("s.tar/4.jpg",),
+    }
+    assert [*map(str, data.problems)] == ["s.tar: 4.b.txt: its sample has a .txt before it, which is used"]
+    assert len(data.names) == 9
+
+
 def test_equal_keys_of_two_shards_are_two_pictures(tmp_path: Path) -> None:
     for n in range(2):
         shard(tmp_path / f"shard-{n:03d}.tar", {"0.jpg": f"{n}".encode(), "0.txt": f"number {n}"})

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,6 +22,7 @@ from mlx_llama3v.source import Source
 
 TEXTS = (".txt", ".caption", ".cap")
 _MOST_TEXT = 16 << 20  # bytes of one caption or conversation
+_Member = tuple[str, tuple[int, int], bytes | None]  # name, offset and size in the shard, content where it is text
 
 
 @dataclass
@@ -30,6 +32,7 @@ class _Sample:
     key: str
     pictures: dict[str, FilePart] = field(default_factory=dict)  # by name in the data set
     texts: dict[str, bytes] = field(default_factory=dict)  # "json" and "txt"
+    endings: dict[str, str] = field(default_factory=dict)  # of these
 
 
 @dataclass
@@ -58,28 +61,52 @@ def read_shard(path: Path, name: str) -> Shard:
 
 def _samples(path: Path, name: str, problems: list[Problem]) -> Iterator[_Sample]:
     """Members of one key that follow each other."""
-    sample = _Sample("")
-    for member, content in _members(path, name, problems):
-        key, ending = _split(member.name)
-        if key != sample.key:
-            yield sample
-            sample = _Sample(key)
-        if content is not None:
-            sample.texts["json" if ending == ".json" else "txt"] = content
-        else:
-            picture = f"{name}/{member.name}"
-            sample.pictures[picture] = FilePart(path, member.offset_data, member.size, member.name)
-    yield sample
+    for _, group in groupby(_members(path, name, problems), lambda found: _first_key(found[0])):
+        members = list(group)
+        key = _stem if _points_in_names(members) else _first_key
+        samples: dict[str, _Sample] = {}
+        for member, place, content in members:
+            sample = samples.setdefault(key(member), _Sample(key(member)))
+            ending = _ending(member)
+            kind = "json" if ending == ".json" else "txt"
+            if content is None:
+                sample.pictures[f"{name}/{member}"] = FilePart(path, *place, member)
+            elif sample.endings.get(kind) == ending:
+                problems.append(Problem(f"{name}: {member}", f"its sample has a {ending} before it, which is used"))
+            else:
+                sample.texts[kind], sample.endings[kind] = content, ending
+        yield from samples.values()
 
 
-def _split(member: str) -> tuple[str, str]:
-    """'train/0001.left.jpg' -> ('train/0001', '.jpg'): the key ends at the file name's first point."""
+def _points_in_names(members: Sequence[_Member]) -> bool:
+    """Whether keys end at the last point: "at 10.15.23.txt" is the text of "at 10.15.23.png" alone, not of all "at 10".
+
+    Told by a text that is named as one of the pictures, and not as the key.
+    """
+    if all(member.rpartition("/")[2].count(".") < 2 for member, _, _ in members):
+        return False
+    pictures = {_stem(member) for member, _, content in members if content is None}
+    texts = {_stem(member) for member, _, content in members if content is not None}
+    return any(stem != _first_key(stem) for stem in pictures & texts)
+
+
+def _first_key(member: str) -> str:
+    """'train/0001.left.jpg' -> 'train/0001': the key ends at the file name's first point."""
     path = PurePosixPath(member)
-    return str(path.with_name(path.name.split(".")[0] or path.name)), path.suffix.lower()
+    return str(path.with_name(path.name.split(".")[0] or path.name))
 
 
-def _members(path: Path, name: str, problems: list[Problem]) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
-    """The members of use, and the content of those that are text."""
+def _stem(member: str) -> str:
+    """'train/0001.left.jpg' -> 'train/0001.left'."""
+    return str(PurePosixPath(member).with_suffix(""))
+
+
+def _ending(member: str) -> str:
+    return PurePosixPath(member).suffix.lower()
+
+
+def _members(path: Path, name: str, problems: list[Problem]) -> Iterator[_Member]:
+    """The members of use."""
     try:
         with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
             length = path.stat().st_size
@@ -90,11 +117,11 @@ def _members(path: Path, name: str, problems: list[Problem]) -> Iterator[tuple[t
                         continue
                     if why := _refusal(member, length):
                         problems.append(Problem(f"{name}: {member.name}", why))
-                    elif _split(member.name)[1] in PICTURES:
-                        yield member, None
+                    elif _ending(member.name) in PICTURES:
+                        yield member.name, (member.offset_data, member.size), None
                     else:
                         file.seek(member.offset_data)
-                        yield member, file.read(member.size)
+                        yield member.name, (member.offset_data, member.size), file.read(member.size)
             except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
                 problems.append(Problem(name, f"damaged at byte {tar.offset} ({error}); what stands before is used"))
                 return
@@ -112,7 +139,7 @@ def _members(path: Path, name: str, problems: list[Problem]) -> Iterator[tuple[t
 
 def _wanted(member: tarfile.TarInfo) -> bool:
     """Whether it is named as a picture or a text; what a Mac adds ("._0001.jpg") is not."""
-    ending = _split(member.name)[1]
+    ending = _ending(member.name)
     hidden = PurePosixPath(member.name).name.startswith(".")
     return not member.isdir() and not hidden and ending in (*PICTURES, *TEXTS, ".json")
 
@@ -127,7 +154,7 @@ def _refusal(member: tarfile.TarInfo, length: int) -> str:
         return "the shard ends in the middle of it"
     if member.issparse():
         return "it is a sparse file; expected a plain one"
-    if _split(member.name)[1] not in PICTURES and member.size > _MOST_TEXT:
+    if _ending(member.name) not in PICTURES and member.size > _MOST_TEXT:
         return f"it has {member.size} bytes of text, more than {_MOST_TEXT}"
     return ""
 
@@ -150,7 +177,12 @@ def _row(sample: _Sample, where: str, problems: list[Problem]) -> Any:
             return None
         return {**values, "image": None, "images": named}
     caption = text if text is not None else values.get("caption") if isinstance(values, dict) else None
-    return caption_row(pictures, caption) if isinstance(caption, str) and pictures else None
+    if not isinstance(caption, str):
+        return None
+    if not pictures:
+        problems.append(Problem(where, "its text has no picture next to it in the shard; sort the shard by name"))
+        return None
+    return caption_row(pictures, caption)
 
 
 def _matched(named: Any, pictures: list[str]) -> list[str] | None:
