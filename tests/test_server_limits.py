@@ -155,6 +155,21 @@ def test_slices_are_limited(directory: Path) -> None:
         assert post(running, asked(png(0, (400, 300)))).json()["llama3v"]["slices"] == 1
 
 
+def test_low_detail_is_the_overview_alone(served: Served) -> None:
+    def shown(*details: str | None) -> tuple[int, str]:
+        body = asked(*[png(0, (400, 300))] * len(details), max_tokens=12)
+        for part, detail in zip(body["messages"][0]["content"], details, strict=False):
+            part["image_url"]["detail"] = detail
+        found = post(served, body).json()
+        return found["llama3v"]["slices"], found["choices"][0]["message"]["content"]
+
+    high = shown("high")
+    low = shown("low")
+    assert high[0] > low[0] == 1 and high[1] != low[1]
+    assert shown(None) == shown("auto") == high and shown("low") == low
+    assert shown("low", "high")[0] == 1 + high[0]
+
+
 def test_closed_by_default(served: Served) -> None:
     assert (ServeConfig().host, ServeConfig().api_key, ServeConfig().cors_origin) == ("127.0.0.1", None, ())
     for host in ("evil.example", "192.168.0.4:80"):  # another name for this address: DNS rebinding

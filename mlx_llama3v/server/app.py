@@ -127,7 +127,7 @@ class Chat:
         """Read, submit and wait; see `respond`. The ticket is cancelled where that fails."""
         with self._worker.arriving():
             asked = parse_chat(await self._gate.read_json(request), self._config, self._model)
-            urls = [url for message in asked.messages for url in message.images]
+            urls = [image.url for message in asked.messages for image in message.images]
             pictures = [await _picture(url, self._config, deadline) for url in urls]
         events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()

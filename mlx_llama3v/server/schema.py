@@ -32,12 +32,20 @@ class Refusal(UserError):
 
 
 @dataclass(frozen=True)
+class Shown:
+    """One picture of a message."""
+
+    url: str
+    whole: bool = False  # detail "low": its overview alone
+
+
+@dataclass(frozen=True)
 class Said:
-    """One message; `images` are URLs."""
+    """One message."""
 
     role: str
     text: str
-    images: tuple[str, ...]
+    images: tuple[Shown, ...]
 
 
 @dataclass(frozen=True)
@@ -141,7 +149,7 @@ def _message(value: Any, where: str) -> Said:
     if not isinstance(parts, list):
         raise Refusal(f"{where}.content is neither a text nor a list of parts.", f"{where}.content")
     texts: list[str] = []
-    images: list[str] = []
+    images: list[Shown] = []
     for n, part in enumerate(parts):
         _part(part, f"{where}.content.{n}", texts, images)
     if images and ROLES[role] != "user":
@@ -152,7 +160,7 @@ def _message(value: Any, where: str) -> Said:
     return Said(ROLES[role], text, tuple(images))
 
 
-def _part(part: Any, where: str, texts: list[str], images: list[str]) -> None:
+def _part(part: Any, where: str, texts: list[str], images: list[Shown]) -> None:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and part.keys() <= {"type", "text"} and _text(part.get("text")):
         texts.append(part["text"])
@@ -161,7 +169,7 @@ def _part(part: Any, where: str, texts: list[str], images: list[str]) -> None:
         image = part.get("image_url")
         known = isinstance(image, dict) and image.keys() <= {"url", "detail"}
         if known and _text(image.get("url")) and image.get("detail") in (None, "auto", "low", "high"):
-            images.append(image["url"])
+            images.append(Shown(image["url"], image.get("detail") == "low"))
             return
     raise Refusal(f"{where} is neither a text nor an image_url part that can be used.", where)
 

@@ -183,7 +183,8 @@ class Worker:
         """Pictures, prompt and what is known of it; what the client did wrong ends the ticket."""
         try:
             started = perf_counter()
-            pictures = tuple(self._encode(content) for content in ticket.pictures)
+            shown = [image for said in ticket.request.messages for image in said.images]
+            pictures = tuple(self._encode(c, i.whole) for c, i in zip(ticket.pictures, shown, strict=True))
             ticket.encode = perf_counter() - started
             count, messages = 0, []
             for said in ticket.request.messages:
@@ -244,12 +245,16 @@ class Worker:
             ticket.tell(answer)
         self._running.keep(lambda row: row.writer.finish is None)
 
-    def _encode(self, content: bytes) -> Encoded:
+    def _encode(self, content: bytes, whole: bool) -> Encoded:
+        """A picture's embeddings; where it is to stay `whole`, of its overview alone."""
         if self.encoder is None:
             raise Refusal("this model has no vision tower; ask without pictures.", "messages")
-        key = sha256(content).hexdigest()
+        encoder = copy(self.encoder)
+        if whole:
+            encoder.tiling = replace(encoder.tiling, max_slices=0)
+        key = f"{sha256(content).hexdigest()} {encoder.tiling}"
         if key not in self._encoded:
-            self._encoded[key] = self.encoder.embed(content)
+            self._encoded[key] = encoder.embed(content)
             while sum(e.patches.nbytes for e in self._encoded.values()) > ENCODED_BYTES and len(self._encoded) > 1:
                 self._encoded.popitem(last=False)
         self._encoded.move_to_end(key)
