@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,26 +52,32 @@ def serve(
             'serve needs FastAPI and uvicorn; install them with: pip install "mlx-llama3v[serve]".'
         ) from error
     from mlx_llama3v.server.app import make_app
+    from mlx_llama3v.server.listen import listening, url
     from mlx_llama3v.server.worker import Worker
 
     (limits,) = split_settings(settings, ServeConfig)
     if limits.api_key is None and (key := os.environ.get("LLAMA3V_API_KEY")):
         limits = replace(limits, api_key=key)
-    if limits.host not in ("127.0.0.1", "localhost", "::1") and limits.api_key is None:
-        show.err.print(f"warning: everyone who reaches {limits.host}:{limits.port} may use this; set --api-key.")
-    session = open_session(model, run, None, max_slices, offline)
-    name = Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model
-    app = make_app(Worker(session, limits), limits, name)
-    show.out.print(
-        f"Serving {name}: page http://{limits.host}:{limits.port}/, API http://{limits.host}:{limits.port}/v1"
-    )
-    # SIGTERM and Ctrl-C: no new connections, running answers end, then the process does.
-    uvicorn.run(
-        app,
-        host=limits.host,
-        port=limits.port,
-        log_level="warning",
-        timeout_graceful_shutdown=int(limits.timeout),
-        timeout_keep_alive=5,
-        server_header=False,
-    )
+    with listening(limits.host, limits.port) as sockets:
+        port = sockets[0].getsockname()[1]
+        address = url(limits.host, port)
+        if limits.host not in ("127.0.0.1", "localhost", "::1") and limits.api_key is None:
+            show.err.print(f"warning: everyone who reaches {address} may use this; set --api-key.")
+        session = open_session(model, run, None, max_slices, offline)
+        name = Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model
+        app = make_app(Worker(session, limits), limits, name)
+        show.out.print(f"Serving {name}: page {address}/, API {address}/v1")
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                timeout_graceful_shutdown=int(limits.timeout),
+                timeout_keep_alive=5,
+                server_header=False,
+            )
+        )
+        # SIGTERM and Ctrl-C: no new connections, running answers end, then the process does.
+        with suppress(KeyboardInterrupt):
+            server.run(sockets=sockets)
+        if not server.started:
+            raise typer.Exit(1)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,6 +97,42 @@ def test_serve_refuses(cli: Cli, directory: Path, tmp_path: Path, monkeypatch: p
     base = ("serve", "--model", directory)
     refused(cli(*base, "--max-batch", 0), "max_batch")
     refused(cli(*base, "--image-dir", tmp_path / "none"), "none")
-    refused(cli("serve", "--model", tmp_path / "none"), "none")
+    refused(cli("serve", "--model", tmp_path / "none", "--port", 0), "none")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     refused(cli(*base), "mlx-llama3v[serve]")
+
+
+def test_serve_takes_its_port_before_the_model_is_loaded(cli: Cli, directory: Path, tmp_path: Path) -> None:  # noqa: F811
+    pytest.importorskip("uvicorn")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        for host in ("127.0.0.1", "localhost"):
+            taken = cli("serve", "--model", tmp_path / "none", "--host", host, "--port", port)
+            refused(taken, f"port {port} is in use; choose another with --port.")
+            assert not taken.out
+    refused(cli("serve", "--model", directory, "--host", "192.0.2.1"), "192.0.2.1 port 8080", "--host")
+    refused(cli("serve", "--model", directory, "--host", "no such name"), "no such name", "--host")
+
+
+@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("localhost", "localhost"), ("::1", "[::1]")])
+def test_serve_says_where_it_is(
+    host: str,
+    shown: str,
+    cli: Cli,  # noqa: F811
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    uvicorn, found = pytest.importorskip("uvicorn"), []
+
+    def run(server: Any, sockets: list[socket.socket]) -> None:
+        server.started = True
+        found.extend(made.getsockname()[1] for made in sockets)
+        for made in sockets:
+            socket.create_connection(made.getsockname()[:2], timeout=5).close()
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    done = cli("serve", "--model", directory, "--host", host, "--port", 0)
+    if host == "::1" and "Cannot assign" in done.err:
+        pytest.skip("no IPv6 here")
+    assert done.status == 0 and len(set(found)) == 1 and found[0] > 0, done
+    assert f"page http://{shown}:{found[0]}/, API http://{shown}:{found[0]}/v1" in done.out
