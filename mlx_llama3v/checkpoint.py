@@ -212,8 +212,7 @@ def load_run(model: Llama3V, run_dir: str | Path) -> None:
     """
     run = Path(run_dir).expanduser()
     projector, adapters = run / "projector.safetensors", run / "adapters.safetensors"
-    if not projector.is_file() and not adapters.is_file():
-        raise CheckpointError(f"{run} is not a run; expected projector.safetensors or adapters.safetensors.")
+    _check_ended(run, projector, adapters)
     phrases: list[str] = []
     parts: list[tuple[nn.Module, dict[str, mx.array], dict[str, mx.array]]] = []
     if projector.is_file():
@@ -233,6 +232,21 @@ def load_run(model: Llama3V, run_dir: str | Path) -> None:
         mx.eval([value for _, value in learned])
         module.load_weights(learned, strict=False)
     model.eval()
+
+
+def _check_ended(run: Path, projector: Path, adapters: Path) -> None:
+    """Raises CheckpointError for what is no run, and for one that was stopped or killed before all was written."""
+    config = run / "config.json"
+    settings = read_json(config).get("train") if config.is_file() else None
+    if isinstance(settings, dict):
+        wanted = [projector, adapters, run / "adapter_config.json"] if settings.get("stage") == "sft" else [projector]
+        if missing := [file.name for file in wanted if not file.is_file()]:
+            raise CheckpointError(
+                f"{run} is a run that has not ended (no {', '.join(missing)}); go on with the command that began it "
+                "and --resume."
+            )
+    elif not projector.is_file() and not adapters.is_file():
+        raise CheckpointError(f"{run} is not a run; expected projector.safetensors or adapters.safetensors.")
 
 
 def load_projector(config: ModelConfig, run: str | Path) -> Projector:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import mlx.core as mx
 import pytest
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 from mlx_llama3v.checkpoint import load_config, load_model
 from mlx_llama3v.cli.app import build
 from mlx_llama3v.errors import CheckpointError
-from mlx_llama3v.tensors import read_tensors
+from mlx_llama3v.tensors import parameters, read_tensors
 from mlx_llama3v.weights.convert import convert
 from mlx_llama3v.weights.hub import export_hub
 from mlx_llama3v.weights.licences import licence_of
@@ -63,6 +64,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(folder: Path, model: Path) -> Path:
     """A run with metrics, as `train` leaves it."""
     run = make_run(folder / "sft-1", model)
+    mx.save_safetensors(str(run / "projector.safetensors"), parameters(load_model(model).projector))
     config = {"train": {"stage": "sft", "learning_rate": 1e-4, "lora_rank": 3}, "steps": 40, "data": {"rows": 90}}
     (run / "config.json").write_text(json.dumps(config))
     lines = [{"step": 20, "loss": 2.0}, {"step": 40, "loss": 1.5}, {"step": 40, "eval_loss": 1.6, "eval_blind": 2.5}]

@@ -107,6 +107,21 @@ def test_a_run_of_stage_pretrain_has_a_projector_only(model_dir: Path, tmp_path:
         load_run(model, tmp_path)
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_a_run_that_has_not_ended_is_not_used(stage: str, model_dir: Path, tmp_path: Path) -> None:
+    """Stopped, or killed between two of its files: half of one would be taken for another kind of run."""
+    run = write_run(load_model(model_dir), tmp_path / "run")
+    (run / "config.json").write_text(json.dumps({"train": {"stage": stage}}))
+    load_run(load_model(model_dir), run)
+    for name in ("adapters.safetensors", "projector.safetensors"):
+        (run / name).unlink()
+        if (stage, name) == ("pretrain", "adapters.safetensors"):
+            load_run(load_model(model_dir), run)
+            continue
+        with pytest.raises(CheckpointError, match=rf"has not ended \(no .*{name}.*--resume"):
+            load_run(load_model(model_dir), run)
+
+
 def test_every_bad_tensor_of_a_run_is_named_at_once(model_dir: Path, tmp_path: Path) -> None:
     run = write_run(load_model(model_dir), tmp_path / "run")
     adapters = mx.load(str(run / "adapters.safetensors"))

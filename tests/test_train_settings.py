@@ -21,6 +21,7 @@ from mlx_llama3v.train.config import TrainConfig
 from tests.tiny_run import make_store, run, settings
 
 RECIPE = {"pretrain": (256, 1e-3), "sft": (128, 2e-5)}  # LLaVA-1.5's batch and learning rate
+LORA = {"pretrain": 1e-3, "sft": 2e-4}  # LLaVA-1.5's, too
 
 
 @pytest.mark.parametrize("stage", RECIPE)
@@ -28,7 +29,9 @@ def test_presets_are_the_recipe(stage: str) -> None:
     values = tomllib.loads((PRESETS / f"{stage}.toml").read_text())
     assert values.keys() <= {item.name for item in fields(TrainConfig)}
     config = TrainConfig(**values)
-    assert (config.stage, config.rows_per_step, config.learning_rate) == (stage, *RECIPE[stage])
+    whole = replace(config, tune="full").resolved()  # the recipe tunes the whole decoder
+    assert (config.stage, config.rows_per_step, whole.learning_rate) == (stage, *RECIPE[stage])
+    assert config.resolved().learning_rate == LORA[stage]
     assert (config.warmup, config.min_learning_rate, config.epochs) == (0.03, 0.0, 1)
     assert config.batch_size == 0, "as many as fit"
     for fits in (1, 4, 32, 1024):

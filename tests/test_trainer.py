@@ -273,6 +273,8 @@ def test_settings_that_make_no_sense_are_refused(name: str, value: Any, message:
 def test_the_stage_has_its_own_learning_rate() -> None:
     assert TrainConfig().resolved().learning_rate == 1e-3
     assert TrainConfig(stage="sft").resolved().learning_rate == 2e-4
+    assert TrainConfig(stage="sft", tune="full").resolved().learning_rate == 2e-5
+    assert TrainConfig(stage="sft", tune="full", learning_rate=1e-4).resolved().learning_rate == 1e-4
     assert TrainConfig(learning_rate=3e-3).resolved().learning_rate == 3e-3
 
 

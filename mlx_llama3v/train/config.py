@@ -23,11 +23,11 @@ class Stage:
 
     name: str
     trains: str  # "projector" (with the markers) or "decoder"
-    learning_rate: float  # LLaVA-1.5's
+    learning_rate: float  # LLaVA-1.5's, of LoRA where the decoder learns
 
 
 STAGES = {stage.name: stage for stage in (Stage("pretrain", "projector", 1e-3), Stage("sft", "decoder", 2e-4))}
-
+FULL_RATE = 2e-5  # LLaVA-1.5's where all of the decoder learns
 
 REPORTERS = ("tensorboard", "wandb")
 
@@ -47,7 +47,9 @@ class TrainConfig:
     batch_size: int = _knob(8, "Rows in one forward pass, over all ranks; 0: as many as fit the memory.")
     grad_accumulation_steps: int = _knob(1, "Batches whose gradients make one step.", low=1)
     rows_per_step: int = _knob(0, "Rows of one step, in place of --grad-accumulation-steps: batches are added up.")
-    learning_rate: float | None = _knob(None, "Peak learning rate [default: 1e-3 in pretrain, 2e-4 in sft].")
+    learning_rate: float | None = _knob(
+        None, "Peak learning rate [default: 1e-3 in pretrain, 2e-4 in sft, 2e-5 with --tune full]."
+    )
     warmup: float = _knob(0.03, "Share of the steps in which the learning rate rises.", high=1)
     min_learning_rate: float = _knob(0.0, "Where the cosine ends, as a share of the peak.", high=1)
     weight_decay: float = _knob(0.0, "AdamW's decoupled weight decay.")
@@ -100,7 +102,9 @@ class TrainConfig:
 
     def resolved(self) -> TrainConfig:
         """The same with the stage's and the device's own defaults filled in: what the run writes down."""
-        rate = STAGES[self.stage].learning_rate if self.learning_rate is None else self.learning_rate
+        stage = STAGES[self.stage]
+        usual = FULL_RATE if stage.trains == "decoder" and self.tune == "full" else stage.learning_rate
+        rate = usual if self.learning_rate is None else self.learning_rate
         # On a CPU nothing is gained but a C++ compiler's run, and fixed shapes cost padding. On CUDA, MLX 0.32 compiles
         # every fused loop in 42 forms at run time: on an H100 a small model's first step had not begun after a minute.
         compiled = device_name() == "metal" if self.compile is None else self.compile
