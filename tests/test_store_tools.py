@@ -164,6 +164,23 @@ def test_merge_keeps_the_channels_of_each_shard(tmp_path: Path, codec: str) -> N
             np.testing.assert_array_equal(mine.read(name).patches, theirs.read(name).patches)
 
 
+def test_damage_is_not_copied(tmp_path: Path) -> None:
+    """A flipped bit would have a right checksum in the new shard."""
+    fill(tmp_path / "a", range(8))
+    file = tmp_path / "a" / "shard-00000.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:])
+    for copies in (
+        lambda: tools.merge([tmp_path / "a"], tmp_path / "c"),
+        lambda: tools.prune(tmp_path / "a", {f"{seed}.jpg" for seed in range(1, 8)}),
+    ):
+        with pytest.raises(DamagedError, match=r"shard-00000\.safetensors is damaged"):
+            copies()
+    file.write_bytes(whole)
+    tools.merge([tmp_path / "a"], tmp_path / "c")
+    assert contents(tmp_path / "c") == contents(tmp_path / "a") == expected(range(8))
+
+
 def test_stores_of_another_encoder_do_not_merge(tmp_path: Path) -> None:
     fill(tmp_path / "a", range(2))
     with StoreWriter(tmp_path / "b", FINGERPRINT | {"layer": -1}) as writer:

@@ -86,6 +86,7 @@ def _prune_shard(
     if len(kept) == shard.index.pictures and len(names) == shard.index.name_count:
         return False
     if names or kept:
+        verify_shard(shard.path)  # what was damaged would be whole by its new checksum
         write_shard(
             shard.path.with_name(f"shard-{number:05d}.safetensors"),
             codec=manifest.codec,
@@ -137,6 +138,8 @@ def merge(
             if move and len(fresh) == shard.index.pictures and len(new) == len(names):
                 writer.take(shard)
             else:
+                if fresh and not move:
+                    verify_shard(shard.path)  # its codes get a checksum of their own in the new shard
                 writer.copy([picture(shard, i) for i in fresh], new, shard.channels)
                 if move:
                     shard.path.unlink(missing_ok=True)
