@@ -18,9 +18,12 @@ from mlx_llama3v.inference.batch import Running
 from mlx_llama3v.inference.prefixes import Prefixes
 from mlx_llama3v.inference.rows import common, place_keys
 from mlx_llama3v.inference.sampling import Sampler
+from mlx_llama3v.layout import LAYOUTS
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.text.prompt import Message, render
+from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.vision.encode import Encoder
+from tests.hf_llama import tiny_tokenizer
 from tests.serving import make_directory, png
 from tests.test_inference import Transcript
 from tests.tiny_model import PLAIN, SPLIT, picture, tiny_model, tiny_tokens
@@ -147,17 +150,19 @@ def test_an_answer_left_early(model: Llama3V, heard: int) -> None:
     assert left
 
 
-def test_restore_goes_on_where_it_was(model: Llama3V) -> None:
-    session = Session(model, TOKENS, system="Be brief.")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_restore_goes_on_where_it_was(model: Llama3V, layout: str) -> None:
+    tokens = Tokens(tiny_tokenizer(), layout=LAYOUTS[layout])
+    session = Session(model, tokens, system="Be brief.")
     session.restore([("Look.", [picture(SPLIT, 1)], "It says stop."), ("And?", [], "a red circle")])
     messages = [
         Message("system", "Be brief."), Message("user", "Look.", (0,)), Message("assistant", "It says stop."),
         Message("user", "And?"), Message("assistant", "a red circle"), Message("user", "Sure?"),
     ]  # fmt: skip
-    row = render(messages, [SPLIT], TOKENS, model.config.projector_config, generate=True)
+    row = render(messages, [SPLIT], tokens, model.config.projector_config, generate=True)
     found = answer(session, "Sure?", max_tokens=4)
     assert session.ids == [*row.ids.tolist(), *found.tokens] and found.cached_tokens == 0
-    assert session.answers()[:2] == ["It says stop.", "a red circle"]
+    assert [text.strip() for text in session.answers()[:2]] == ["It says stop.", "a red circle"]
 
 
 def test_a_picture_is_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

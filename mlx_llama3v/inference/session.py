@@ -141,7 +141,7 @@ class Session:
         for question, images, answer in turns:
             pictures = [self.encode(image) for image in images]
             self._note(self._render(question, pictures), question, pictures)
-            said = self.tokens.encode(answer.strip())
+            said = self.tokens.encode(self.tokens.layout.answer.replace("{text}", answer.strip()))
             self.ids += said
             self._source += [0] * len(said)
 
