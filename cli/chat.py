@@ -86,6 +86,7 @@ class Conversation:
         self.waiting: list[Path] = []  # pictures for the next question
         self.asked: list[tuple[Path, ...]] = []  # the pictures of every turn
         self.last: Answer | None = None
+        self._answers = 0  # since the beginning, also those that others replaced
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: _say(f"{HELP}\n"),
             "/image": self.show,
@@ -202,12 +203,12 @@ class Conversation:
                 self.asked.append(paths)
 
     def _stream(self, text: str, pictures: Sequence[Picture], paths: tuple[Path, ...]) -> None:
-        before = len(self.session.turns)
+        before, found = len(self.session.turns), None
         try:
             with interruptible() as stopped:
-                for piece in self.session.ask(text, pictures, self.sampling):
+                for piece in self.session.ask(text, pictures, self.sampling.nth(self._answers)):
                     _say(piece.text.translate(CONTROLS))
-                    self.last = piece.answer or self.last
+                    found = piece.answer
                     if stopped() and piece.answer is None:
                         raise KeyboardInterrupt
         except KeyboardInterrupt:
@@ -217,6 +218,8 @@ class Conversation:
             return  # stopped before the first token: the pictures wait for the next question
         self.asked.append(paths)
         self.waiting = []
+        self.last = found  # none of an answer that was stopped
+        self._answers += 1
         if self.last and self.last.finish_reason == "repetition":
             _say("(ended: the answer began to repeat itself)\n")
         if self.verbose and self.last:

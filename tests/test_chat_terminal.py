@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,36 @@ def test_ctrl_c_ends_the_answer_only(chat: Conversation, monkeypatch: pytest.Mon
     monkeypatch.undo()
     chat.take("And now?")
     assert len(chat.session.turns) == 3 and chat.session.turns[2].start == kept
+
+
+def test_a_retry_draws_another_answer(chat: Conversation, directory: Path) -> None:
+    def held() -> list[list[str]]:
+        talk, found = Conversation(chat.session, Sampling(max_tokens=6, temp=2.0, seed=3)), []
+        talk.reset("")
+        for line in ("What?", "/retry", "/retry", "What?"):
+            talk.take(line)
+            found.append(talk.session.answers())
+        return found
+
+    one = held()
+    assert len({answers[-1] for answers in one}) == 4 and held() == one
+
+
+def test_stats_are_those_of_the_last_answer(
+    chat: Conversation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat.take("What?")
+    with pytest.raises(UserError):
+        chat.take("/edit " + "long " * 60_000)
+    assert chat.last is not None  # it still is the last one
+    chat.verbose, chat.last = True, replace(chat.last, finish_reason="repetition")
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_llama3v.cli.chat._say", _interrupt_after(2))
+        chat.take("Go on")
+    assert len(chat.session.turns) == 2 and chat.last is None and not capsys.readouterr().err
+    chat.take("/stats")
+    assert "no answer" in capsys.readouterr().out
 
 
 def _interrupt_after(count: int):

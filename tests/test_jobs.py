@@ -115,3 +115,17 @@ def test_any_text_survives_as_a_line(tmp_path: Path) -> None:
         assert write_results(answer_jobs(session, jobs, Sampling(max_tokens=2)), file, lambda _: None) == (1, 1)
     assert [json.loads(line)["prompt"] for line in sorted(path.read_text().split("\n")[:-1])] == list(odd)
     assert unanswered(jobs, path) == jobs[1:] and unanswered(jobs, path) == jobs[1:]
+
+
+def test_equal_questions_draw_their_own_answers(tmp_path: Path) -> None:
+    session = load(make_directory(tmp_path / "model"))
+    jobs = read_jobs(['{"prompt": "What?"}'] * 5, "q.jsonl", tmp_path)
+
+    def said(jobs: list[Job], seed: int = 7) -> list[str]:
+        return [r.answer.text for r in answer_jobs(session, jobs, Sampling(max_tokens=8, temp=2.0, seed=seed), 2)]
+
+    found = said(jobs)
+    assert len(set(found)) == 5 and said(jobs) == found and said(jobs[3:]) == found[3:]  # also where a run goes on
+    session.reset()
+    assert found[0] == answer(session, "What?", max_tokens=8, temp=2.0, seed=7).text
+    assert not set(said(jobs, 8)) & set(found)

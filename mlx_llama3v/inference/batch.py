@@ -207,7 +207,7 @@ def batch_generate(
     max_tokens: int = 64,
     batch_size: int = 32,
     *,
-    sampling: Sampling | None = None,
+    sampling: Sampling | Sequence[Sampling] | None = None,
     max_context: int | None = None,
     prefill_step_size: int = PREFILL,
     done: Callable[[int, Answer], None] | None = None,
@@ -215,14 +215,15 @@ def batch_generate(
     """Answers to many requests, in their order, each as if it were asked alone; greedy by default.
 
     Requests of similar length are prefilled together; an answer that ends makes room for the next request.
-    `sampling` replaces `max_tokens`; no row grows beyond `max_context` tokens; about `prefill_step_size` prompt
-    tokens are processed at a time; `done` is told each answer as it ends. Timings count what ran beside an
-    answer too. Raises ContextError as `Session.ask` does, before anything is decoded.
+    `sampling` (one, or one a request) replaces `max_tokens`; no row grows beyond `max_context` tokens; about
+    `prefill_step_size` prompt tokens are processed at a time; `done` is told each answer as it ends. Timings count what
+    ran beside an answer too. Raises ContextError as `Session.ask` does, before anything is decoded.
     """
     sampling = sampling or Sampling(max_tokens=max_tokens)
+    each = [sampling] * len(requests) if isinstance(sampling, Sampling) else sampling
     rows = [
-        new_row(model, tokens, render_request(model, tokens, request), request.pictures, sampling, most=max_context)
-        for request in requests
+        new_row(model, tokens, render_request(model, tokens, request), request.pictures, how, most=max_context)
+        for request, how in zip(requests, each, strict=True)
     ]
     waiting = sorted(range(len(rows)), key=lambda i: len(rows[i].row), reverse=True)
     running, place, answers = Running(model), {id(row): i for i, row in enumerate(rows)}, {}

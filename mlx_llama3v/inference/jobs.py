@@ -24,6 +24,7 @@ class Job:
     id: str
     prompt: str
     images: tuple[Path, ...]
+    number: int = 0  # among the questions of the file
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ def read_jobs(lines: Iterable[str], name: str, folder: Path) -> list[Job]:
             images = [values["image"], *images]
         if not all(isinstance(image, str) for image in images):
             raise DataError(f"{where}: image is {values['image']!r}; expected a file.")
-        jobs.append(Job(str(values.get("id", number)), values["prompt"], tuple(folder / image for image in images)))
+        jobs.append(
+            Job(str(values.get("id", number)), values["prompt"], tuple(folder / image for image in images), len(jobs))
+        )
     twice = {job.id for job in jobs if sum(other.id == job.id for other in jobs) > 1} if _repeats(jobs) else set()
     if twice:
         raise DataError(f"{name}: the id {min(twice)!r} comes more than once; expected different ones.")
@@ -146,7 +149,7 @@ def answer_jobs(session: Session, jobs: Sequence[Job], sampling: Sampling, batch
             session.model,
             session.tokens,
             requests,
-            sampling=sampling,
+            sampling=[sampling.nth(job.number) for job, _ in ready],
             batch_size=batch_size,
             max_context=session.memory.max_kv_size,
             prefill_step_size=session.memory.prefill_step_size,

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from hashlib import blake2b
 from typing import Protocol
 
 import mlx.core as mx
@@ -42,7 +43,7 @@ class Sampling:
     top_k: int = knob(0, "Sample from this many tokens; 0: all.")
     min_p: float = knob(0.0, "Drop tokens less likely than this share of the likeliest.")
     repetition_penalty: float | None = knob(None, "Divide the odds of the last 20 tokens by this.")
-    seed: int | None = knob(None, "Fixes what is sampled.")
+    seed: int | None = knob(None, "Fixes what is sampled: each answer draws its own, the same in every run.")
     stop: tuple[str, ...] = knob((), "End the answer before this text; repeat for more.")
     loop_guard: int = knob(128, "End an answer whose last N tokens only repeat themselves; 0: never.")
 
@@ -61,6 +62,13 @@ class Sampling:
         ):
             if not right:
                 raise ContextError(f"{name} is {getattr(self, name)}; expected {expected}.")
+
+    def nth(self, number: int) -> Sampling:
+        """For answer `number` (from 0) of those that share a seed: random numbers of its own, fixed as well."""
+        if self.seed is None or number == 0:
+            return self
+        digest = blake2b(f"{self.seed} {number}".encode(), digest_size=8).digest()
+        return replace(self, seed=int.from_bytes(digest, "little"))
 
 
 @lru_cache(maxsize=8)
