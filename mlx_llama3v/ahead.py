@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Thread
@@ -35,10 +34,10 @@ from mlx_llama3v.embeddings.shard import write_atomic
 from mlx_llama3v.embeddings.store import Manifest, Store, plain
 from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.encoder import load_encoder, load_post
-from mlx_llama3v.errors import ImageError, StoreError, UserError, size
+from mlx_llama3v.errors import StoreError, UserError, size
+from mlx_llama3v.estimate import picture_sizes
 from mlx_llama3v.hub import resolve
 from mlx_llama3v.vision.encode import Encoder
-from mlx_llama3v.vision.image import image_size
 from mlx_llama3v.vision.tiling import plan
 
 SPEC, READS, LOG, CHANNELS = "spec.json", "reads.jsonl", "encoder.log", "channels.safetensors"
@@ -182,22 +181,13 @@ def scan(
     images: Mapping[str, Path], encoder: Encoder, threads: int = 8
 ) -> tuple[dict[str, SliceLayout], dict[str, str]]:
     """Layouts of all pictures, from their headers alone, and why the others have none."""
-
-    def look(item: tuple[str, Path]) -> tuple[str, SliceLayout | None, str]:
-        name, path = item
-        try:
-            size = image_size(path, encoder.image.max_pixels)
-        except ImageError as error:
-            return name, None, str(error)
-        return name, plan(*size, encoder.vision, encoder.tiling).layout, ""
-
     layouts, problems = {}, {}
-    with ThreadPoolExecutor(threads) as pool:
-        for name, layout, reason in pool.map(look, images.items()):
-            if layout is None:
-                problems[name] = reason
+    for found in picture_sizes(images, encoder.image.max_pixels, threads):
+        for name, sides in found:
+            if isinstance(sides, str):
+                problems[name] = sides
             else:
-                layouts[name] = layout
+                layouts[name] = plan(*sides, encoder.vision, encoder.tiling).layout
     return layouts, problems
 
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -134,25 +134,33 @@ def scan(
     started = time.perf_counter()
     sizes: Counter[Size] = Counter()
     unreadable: dict[str, str] = {}
-    items, done = iter(pictures.items()), 0
+    done = 0
+    for found in picture_sizes(pictures, config.max_pixels, threads):
+        for name, sides in found:
+            if isinstance(sides, str):
+                unreadable[name] = sides
+            else:
+                sizes[sides] += 1
+        done += len(found)
+        if progress is not None:
+            progress(done, len(pictures))
+    return Scan(sizes, unreadable, time.perf_counter() - started)
+
+
+def picture_sizes(
+    pictures: Mapping[str, Source], max_pixels: int, threads: int
+) -> Iterator[list[tuple[str, Size | str]]]:
+    """Names with (width, height), or with why there is none; in order, many at a time: a future takes two kilobytes."""
+    items = iter(pictures.items())
 
     def measure(chunk: Sequence[tuple[str, Source]]) -> list[tuple[str, Size | str]]:
-        return [(name, _size(source, config.max_pixels)) for name, source in chunk]
+        return [(name, _size(source, max_pixels)) for name, source in chunk]
 
     chunks = iter(lambda: list(islice(items, _CHUNK)), [])
     if any(isinstance(source, TableCell) for source in pictures.values()):
         threads = 1  # every thread that reads a table holds a part of it
     with ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool:
-        for found in pool.map(measure, chunks):
-            for name, size in found:
-                if isinstance(size, str):
-                    unreadable[name] = size
-                else:
-                    sizes[size] += 1
-            done += len(found)
-            if progress is not None:
-                progress(done, len(pictures))
-    return Scan(sizes, unreadable, time.perf_counter() - started)
+        yield from pool.map(measure, chunks)
 
 
 def _size(source: Source, max_pixels: int) -> Size | str:

@@ -87,7 +87,7 @@ def estimate_data(
     progress: Callable[[int, int], None] | None = None,
 ) -> Estimate:
     """What `embed_data` with these settings would cost. Reads headers, and encodes a few batches. Raises UserError."""
-    read = read_data(data)
+    read = read_data(data, allow_outside=allow_outside)
     pictures = read.pictures(image_folder, allow_outside=allow_outside)
     have = frozenset(Store(output).names) if (output / MANIFEST).exists() else frozenset()
     left = {name: source for name, source in pictures.items() if name not in have}
@@ -159,7 +159,7 @@ def embed_data(
     """
     if (output / "config.json").exists():
         raise StoreError(f"{output} holds a model or a run; choose another directory for the store.")
-    read = read_data(data)
+    read = read_data(data, allow_outside=allow_outside)
     images = read.pictures(image_folder, allow_outside=allow_outside)
     if not images:
         why = f"; the first problem: {read.problems[0]}" if read.problems else ""
@@ -206,7 +206,7 @@ def picture_names(data: Path, *, partly: bool = False) -> list[str]:
 
     Raises DataError: nothing usable there; StoreError: only a part could be read, unless `partly`.
     """
-    read = read_data(data)
+    read = read_data(data, allow_outside=True)  # of names there are rather too many
     if read.problems and not partly:
         some = "; ".join(str(problem).rstrip(".") for problem in read.problems[:3])
         raise StoreError(

@@ -10,14 +10,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mlx_llama3v import ahead as ahead_module
-from mlx_llama3v.ahead import CHANNELS, Ahead, AheadConfig
+from mlx_llama3v.ahead import CHANNELS, Ahead, AheadConfig, scan
 from mlx_llama3v.cli.interrupt import interruptible
+from mlx_llama3v.config import ImageConfig, TilingConfig, VisionConfig
 from mlx_llama3v.demo.dataset import DataSet, draw
 from mlx_llama3v.embeddings.codec import fidelity
 from mlx_llama3v.embeddings.lock import LOCK, Lock
@@ -264,6 +267,23 @@ def test_a_run_that_waits_for_its_encoder_is_ended(
                 return Lock(rolling).release()
             time.sleep(0.1)
         raise AssertionError("the encoder lives on")
+
+
+def test_headers_are_read_many_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A future for each of 600,000 pictures took a gigabyte."""
+    submitted, submit = 0, ThreadPoolExecutor.submit
+
+    def counting(self: ThreadPoolExecutor, *work: Any) -> Any:
+        nonlocal submitted
+        submitted += 1
+        return submit(self, *work)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", counting)
+    Image.new("RGB", (20, 30)).save(tmp_path / "a.png")
+    paths = {f"{n}": tmp_path / ("a.png" if n % 2 else "gone.png") for n in range(2000)}
+    encoder: Any = SimpleNamespace(image=ImageConfig(), vision=VisionConfig(), tiling=TilingConfig())
+    layouts, problems = scan(paths, encoder)
+    assert len(layouts) == len(problems) == 1000 and 0 < submitted < 20 and "no such file" in problems["0"]
 
 
 def test_a_budget_below_one_picture_is_refused(model: Path, data: DataSet, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_llama3v.data.llava import folder_images
+from mlx_llama3v.data.folder import folder_images
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.stages import embed_data, train_stage
 from mlx_llama3v.train.config import TrainConfig
@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_picture_is_stored_or_listed_with_its_reason(model: Path, tmp_path: Path) -> None:
     report = embed_data(model, KIT / "images", tmp_path / "store")
-    names = set(folder_images(KIT / "images"))
+    names = set(folder_images(KIT / "images")[0])
     store = Store(tmp_path / "store")
     assert len(names) > 40
     assert names == set(store.names) | set(store.failures)

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_llama3v.data.llava import _converted, _record, folder_images, image_paths, read_records, read_row
+from mlx_llama3v.data.folder import folder_images
+from mlx_llama3v.data.llava import _converted, _record, image_paths, read_records, read_row
 from mlx_llama3v.data.records import Problem, Record, RecordFile
 from mlx_llama3v.data.sources import Refused
 from mlx_llama3v.errors import DataError
@@ -330,13 +331,41 @@ def test_a_folder_of_pictures(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "empty").mkdir()
-    found = folder_images(tmp_path)
+    found, problems = folder_images(tmp_path)
+    assert not problems
     assert list(found) == ["a.png", "b.JPG", "sub.png/inner.gif", "sub/ü.webp"]
     assert found["sub/ü.webp"] == tmp_path / "sub/ü.webp"
     with pytest.raises(DataError, match="holds no picture"):
         folder_images(tmp_path / "empty")
     with pytest.raises(DataError, match="is not a folder"):
         folder_images(tmp_path / "a.png")
+
+
+def test_files_of_a_folder_that_look_like_pictures_are_told_of(tmp_path: Path) -> None:
+    for name in ("IMG_1.HEIC", "sub/raw.dng", "b.jfif", "a.JPE", "notes.txt", ".x.heic"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found, problems = folder_images(tmp_path)
+    assert list(found) == ["a.JPE", "b.jfif"]
+    assert [problem.where for problem in problems] == ["IMG_1.HEIC", "sub/raw.dng"]
+    assert str(problems[0]) == "IMG_1.HEIC: .heic is a format that cannot be read; make a JPEG or PNG of it"
+    (tmp_path / "a.JPE").unlink()
+    (tmp_path / "b.jfif").unlink()
+    with pytest.raises(DataError, match=r"holds no picture \(.*\); the first problem: IMG_1.HEIC: .heic is a format"):
+        folder_images(tmp_path)
+
+
+def test_a_picture_in_the_text_is_refused_and_not_its_name(tmp_path: Path) -> None:
+    url = "data:image/png;base64," + "A" * 200_000
+    talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "x"}]
+    turns = [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "q"}]},
+        {"role": "assistant", "content": "a"},
+    ]
+    for row in ({"image": url, "conversations": talk}, {"messages": turns}):
+        why = refused(tmp_path, row)
+        assert why.startswith("a picture is given as its bytes (data:image/png;base64,AAAAAAAA...)") and len(why) < 120
+    assert one(tmp_path, {"image": "data/a.png", "conversations": talk}).images == ("data/a.png",)
 
 
 _JSON = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.just(["a.jpg"]))

@@ -51,9 +51,10 @@ def test_captions_and_conversations(tmp_path: Path) -> None:
         "0006.jpg": b"six",
         "readme.md": "x",
         "._0006.jpg": b"a Mac's",
+        "0007.HEIC": b"seven",
     }
     data = read_data(shard(tmp_path / "s.tar", members))
-    assert not data.problems
+    assert [problem.where for problem in data.problems] == ["s.tar: 0007.HEIC"]
     assert contents(data) == {
         "s.tar/0001.jpg": b"one",
         "s.tar/0002.png": b"two",

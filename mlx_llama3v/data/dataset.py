@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
+from mlx_llama3v.data.folder import PICTURES, files_below, folder_images
 from mlx_llama3v.data.hf import Table, arrow_files, is_saved, read_table
-from mlx_llama3v.data.llava import PICTURES, files_below, folder_images, read_records, search_folders
+from mlx_llama3v.data.llava import read_records, search_folders
 from mlx_llama3v.data.records import Problem, Record
 from mlx_llama3v.data.sources import Folders
 from mlx_llama3v.data.webdataset import Shard, read_shard
@@ -57,7 +58,7 @@ class DataSet:
         return found
 
 
-def read_data(path: str | Path) -> DataSet:
+def read_data(path: str | Path, *, allow_outside: bool = False) -> DataSet:
     """Read a data set of any kind; the pictures' bytes are not touched.
 
     | path | read as |
@@ -69,11 +70,13 @@ def read_data(path: str | Path) -> DataSet:
     | a pattern (`train-*.parquet`, `shard-{000..010}.tar`) | what it matches |
     | any other folder | its pictures, without conversations |
 
+    With `allow_outside`, links in a folder of pictures to folders elsewhere are followed.
+
     Raises DataError: nothing there, nothing usable, several kinds or several splits at once.
     """
     path = Path(path)
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder(path, allow_outside)
     if path.exists() or not _MAGIC.search(str(path)):
         if path.name.lower().endswith((*_TARS, *_TABLES, *_PACKED, ".arrow")):
             return _read_files(path, [path], path.parent)
@@ -134,13 +137,14 @@ def _braces(pattern: str, most: int = 1_000_000) -> list[str]:
     return ["".join(choice) for choice in product(*choices)]
 
 
-def _read_folder(folder: Path) -> DataSet:
+def _read_folder(folder: Path, allow_outside: bool) -> DataSet:
     if is_saved(folder):
         return _read_files(folder, arrow_files(folder), folder)
     kinds = {kind[0]: sorted(files_below(folder, kind)) for kind in (_TARS, _TABLES, _PACKED)}
     kinds = {ending: files for ending, files in kinds.items() if files}
     if not kinds:
-        return DataSet(folder, held=dict(folder_images(folder)), home=folder)
+        found, problems = folder_images(folder, allow_outside=allow_outside)
+        return DataSet(folder, problems=tuple(problems), held=dict(found), home=folder)
     if len(kinds) > 1 or any(files_below(folder, PICTURES)):
         raise DataError(f"{folder} holds {' and '.join(kinds)} files beside others; give a pattern, as {folder}/*.tar.")
     ending, files = next(iter(kinds.items()))

@@ -13,7 +13,6 @@ where it stands inside a turn is decided by the prompt layout alone (DESIGN 6).
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +27,6 @@ from mlx_llama3v.errors import DataError
 from mlx_llama3v.source import Source
 from mlx_llama3v.text.prompt import Message
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".jp2")
 _ROLES = {
     "human": "user",
     "user": "user",
@@ -37,6 +35,7 @@ _ROLES = {
     "system": "system",
     "pretrain": "pretrain",  # one turn that is a caption with its pictures
 }
+_DATA = "data:"  # begins a URL that is the picture itself
 _HALF = re.compile("[\ud800-\udfff]")  # half an emoji, which JSON can spell and no tokenizer takes
 _PLACEHOLDER = re.compile(r"<image>|<IMG_CONTEXT>")
 _PLACEHOLDERS = re.compile(rf"\s*(?:(?:{_PLACEHOLDER.pattern})\s*)+")
@@ -185,6 +184,8 @@ def _plain_record(row: _PlainRow, number: int | str) -> Record | None:
     None where anything is otherwise: then `_record` looks, and says what is wrong.
     """
     image = row.image
+    if image is not None and image.startswith(_DATA):
+        return None
     messages: list[Message] = []
     for turn in row.conversations:
         said = turn.text
@@ -320,6 +321,8 @@ def _names(value: Any) -> list[str]:
         value = value.get("url", value.get("path"))
     if not isinstance(value, str) or not value:
         raise _Refused(f"a picture is given as {value!r:.40}; expected its file name")
+    if value.startswith(_DATA):
+        raise _Refused(f"a picture is given as its bytes ({value:.30}...); save it to a file and give that file's name")
     return [value]
 
 
@@ -349,26 +352,3 @@ def image_paths(
     """Where the pictures of a data file lie: by name, in the order of their first use. See search_folders."""
     folders = search_folders(file.path.parent, image_folder, allow_outside=allow_outside)
     return {name: folders.find(name) for name in file.images}
-
-
-def folder_images(folder: str | Path) -> dict[str, Path]:
-    """The pictures of a folder and those below it, by name relative to it, sorted.
-
-    By file name ending alone; hidden files are left out. Raises DataError when it is no folder or holds none.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder of pictures.")
-    found = {file.relative_to(folder).as_posix(): file for file in files_below(folder, PICTURES) if file.is_file()}
-    if not found:
-        raise DataError(f"{folder} holds no picture ({', '.join(PICTURES)}).")
-    return {name: found[name] for name in sorted(found)}
-
-
-def files_below(folder: Path, endings: tuple[str, ...]) -> list[Path]:
-    """All files below a folder whose names end so, unsorted; nothing hidden; links to folders are not followed."""
-    found = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(place, name) for name in files if name.lower().endswith(endings) and not name.startswith(".")]
-    return found

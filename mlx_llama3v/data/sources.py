@@ -77,7 +77,7 @@ class Folders:
 
         A name that is nowhere keeps the first place that was tried, so that whoever opens it says so.
         """
-        if "://" in name[:16] or name.startswith("data:"):
+        if "://" in name[:16]:
             return Refused(f"{name:.60}", "it is a web address, not a file: download it first")
         try:
             os.fsencode(name)

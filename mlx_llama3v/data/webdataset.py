@@ -14,7 +14,8 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mlx_llama3v.data.llava import PICTURES, caption_row, read_row
+from mlx_llama3v.data.folder import PICTURES, unreadable
+from mlx_llama3v.data.llava import caption_row, read_row
 from mlx_llama3v.data.records import Problem, Record
 from mlx_llama3v.data.sources import FilePart
 from mlx_llama3v.errors import DataError
@@ -114,6 +115,8 @@ def _members(path: Path, name: str, problems: list[Problem]) -> Iterator[_Member
                 while (member := tar.next()) is not None:
                     tar.members = []  # type: ignore[attr-defined]  # it keeps every header: a shard may have a million
                     if not _wanted(member):
+                        if why := unreadable(member.name):
+                            problems.append(Problem(f"{name}: {member.name}", why))
                         continue
                     if why := _refusal(member, length):
                         problems.append(Problem(f"{name}: {member.name}", why))
