@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import IO, TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -27,7 +27,9 @@ Source: TypeAlias = str | Path | bytes | Held
 
 # Of how pixels are made: raised with every change that gives a slice other ones. Stands in a store's fingerprint, so
 # that `embed` never goes on in a store with pixels of another kind.
-PROCESSING = 2
+PROCESSING = 3
+
+_TAIL = 1 << 16  # bytes at the end of a PNG in which an EXIF block behind the pixels is looked for
 
 # What Pillow's decoders were seen to raise on broken files; they do not keep to OSError.
 _DECODER_ERRORS = (
@@ -118,6 +120,8 @@ def _reading(source: Source, max_pixels: int) -> Iterator[Image.Image]:
             width, height = image.size
             if width * height > max_pixels:
                 raise ImageError(f"{name} has {width} x {height} pixels; the limit is {max_pixels} in all.")
+            if image.format == "PNG" and image.fp and "exif" not in image.info and (exif := _late_exif(image.fp)):
+                image.info["exif"] = exif
             yield image
     except _DECODER_ERRORS as error:
         raise ImageError(f"{name} cannot be read as a picture: {_reason(error)}.") from error
@@ -126,6 +130,19 @@ def _reading(source: Source, max_pixels: int) -> Iterator[Image.Image]:
 def named(source: Source) -> str:
     """What messages call it."""
     return f"the picture of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+
+
+def _late_exif(file: IO[bytes]) -> bytes:
+    """A PNG's EXIF block may follow its pixels: Pillow comes across it only once these are decoded."""
+    at, end = file.tell(), file.seek(0, io.SEEK_END)
+    file.seek(max(0, end - _TAIL))
+    tail = file.read()
+    file.seek(at)
+    start = tail.rfind(b"eXIf")
+    last = start + 4 + int.from_bytes(tail[max(start - 4, 0) : max(start, 0)], "big")
+    if start < 4 or zlib.crc32(tail[start:last]) != int.from_bytes(tail[last : last + 4], "big"):
+        return b""
+    return b"Exif\0\0" + tail[start + 4 : last]
 
 
 def _reason(error: BaseException) -> str:
