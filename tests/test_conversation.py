@@ -17,7 +17,7 @@ from mlx_llama3v.inference.answer import Loops, Writer
 from mlx_llama3v.inference.batch import Running
 from mlx_llama3v.inference.prefixes import Prefixes
 from mlx_llama3v.inference.rows import common, place_keys
-from mlx_llama3v.inference.sampling import Sampler
+from mlx_llama3v.inference.sampling import CYCLES, Sampler
 from mlx_llama3v.layout import LAYOUTS
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.text.prompt import Message, render
@@ -219,7 +219,7 @@ def test_memory_options_of_a_batch(model: Llama3V, monkeypatch: pytest.MonkeyPat
     ("cls", "name", "value"),
     [(Memory, "max_kv_size", 0), (Memory, "prefill_step_size", 0), (Sampling, "temp", float("nan")),
      (Sampling, "top_p", 0.0), (Sampling, "min_p", 2.0), (Sampling, "top_k", -1), (Sampling, "stop", ("",)),
-     (Sampling, "repetition_penalty", 0.0), (Sampling, "loop_guard", -1)],
+     (Sampling, "repetition_penalty", 0.0), (Sampling, "loop_guard", -1), (Sampling, "loop_guard", 3)],
 )  # fmt: skip
 def test_an_option_that_is_wrong_is_named_alone(cls: type, name: str, value: object) -> None:
     with pytest.raises(ContextError, match=f"^{name} is .*; expected"):
@@ -283,7 +283,8 @@ def test_loops_end(model: Llama3V) -> None:
     assert ends([7] * 100) == 24 and ends([1, 2, 3, 4, 5, 6] * 10) == 24
     assert ends([9, 9, 1, *[1, 2] * 50]) == 3 + 24
     assert ends(list(range(7)) * 20) is None  # seven tokens: fewer than four times in 24
-    assert ends([1, 2, 3, 4] * 5 + [9] + [1, 2, 3, 4] * 5) is None and ends([7] * 100, 0) is ends([7] * 100, 3) is None
+    assert ends([1, 2, 3, 4] * 5 + [9] + [1, 2, 3, 4] * 5) is None and ends([7] * 100, 0) is None
+    assert ends([7] * 100, CYCLES) == CYCLES and Sampling(loop_guard=CYCLES) and Sampling(loop_guard=0)
     found = answer(Session(model, TOKENS), "What?", max_tokens=900, loop_guard=40)
     assert found.finish_reason == "repetition" and len(found.tokens) < 900
     request = Request((Message("user", "What?"),))

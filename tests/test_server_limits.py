@@ -18,6 +18,8 @@ import pytest
 from mlx_llama3v.errors import RunError
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.server.config import ServeConfig
+from mlx_llama3v.server.openapi import _CHAT
+from mlx_llama3v.server.schema import FIELDS
 from tests.serving import (
     MODEL,
     Served,
@@ -58,8 +60,13 @@ def refused(response, status: int, *words: str) -> None:
 
 def test_unknown_and_unsupported_fields(served: Served) -> None:
     assert post(served, asked(user="me", n=1, frequency_penalty=0, logprobs=None, seed=-5)).status_code == 200
+    nothing = {"tools": [], "tool_choice": "none", "parallel_tool_calls": True, "logit_bias": {}, "top_logprobs": 0}
+    nothing |= {"store": False, "metadata": {}, "modalities": ["text"], "service_tier": "auto"}
+    assert post(served, asked(**nothing)).status_code == 200  # as client libraries send them
+    assert set(_CHAT["properties"]) | {"model"} == set(FIELDS)  # our own description knows them all
     for field, value in {
-        "tools": [], "n": 2, "logprobs": True, "wrong": 1, "temperature": 3, "top_p": 0, "max_tokens": True,
+        "tools": [{"type": "function"}], "logit_bias": {"1": 1}, "store": True, "top_logprobs": 2,
+        "n": 2, "logprobs": True, "wrong": 1, "temperature": 3, "top_p": 0, "max_tokens": True,
         "stop": [""], "stream": "yes", "seed": 2**70, "response_format": {"type": "xml"}, "messages": {},
         "frequency_penalty": 1, "stream_options": {"include_usage": True},
     }.items():  # fmt: skip

@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from mlx_llama3v.inference.sampling import Sampling
+from mlx_llama3v.inference.sampling import CYCLES, Sampling
 from mlx_llama3v.text.tokens import Tokens
-
-CYCLES = 4  # a loop is a text that comes at least so often, back to back
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from mlx_llama3v.errors import ContextError
 from mlx_llama3v.knob import knob
 
 PENALIZED = 20  # tokens that a repetition penalty looks back on, as in mlx-lm
+CYCLES = 4  # a loop is a text that comes at least so often, back to back
 
 
 class Mask(Protocol):
@@ -45,7 +46,7 @@ class Sampling:
     repetition_penalty: float | None = knob(None, "Divide the odds of the last 20 tokens by this.")
     seed: int | None = knob(None, "Fixes what is sampled: each answer draws its own, the same in every run.")
     stop: tuple[str, ...] = knob((), "End the answer before this text; repeat for more.")
-    loop_guard: int = knob(128, "End an answer whose last N tokens only repeat themselves; 0: never.")
+    loop_guard: int = knob(128, "End an answer whose last N tokens only repeat themselves (at least 4); 0: never.")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop))
@@ -58,7 +59,7 @@ class Sampling:
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
             ("repetition_penalty", penalty is None or penalty > 0, "more than 0 (1: no penalty)"),
             ("stop", "" not in self.stop, "texts that are not empty"),
-            ("loop_guard", self.loop_guard >= 0, "at least 0 (0: never)"),
+            ("loop_guard", self.loop_guard == 0 or self.loop_guard >= CYCLES, f"at least {CYCLES} (0: never)"),
         ):
             if not right:
                 raise ContextError(f"{name} is {getattr(self, name)}; expected {expected}.")

@@ -216,7 +216,8 @@ def _format(value: Any) -> bool:
     return isinstance(value, dict) and value.get("type") in kinds and value.keys() <= {"type", "json_schema"}
 
 
-# Field -> whether its value can be used. Fields with one allowed value are those whose default changes nothing.
+# Field -> whether its value can be used. Of what this server cannot do, the values that ask for nothing are taken:
+# client libraries send them.
 FIELDS: dict[str, Callable[[Any], bool]] = {
     "model": _text,
     "messages": lambda value: isinstance(value, list) and len(value) <= 1000,
@@ -235,6 +236,15 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "user": _text,
     "n": _one_of(1),
     "logprobs": _one_of(False),
+    "top_logprobs": _one_of(0),
+    "logit_bias": _one_of({}),
+    "tools": _one_of([]),
+    "tool_choice": _one_of("none", "auto"),
+    "parallel_tool_calls": _one_of(True, False),
+    "modalities": _one_of(["text"]),
+    "metadata": _one_of({}),
+    "store": _one_of(False),
+    "service_tier": _one_of("auto", "default"),
     "frequency_penalty": _one_of(0, 0.0),
     "presence_penalty": _one_of(0, 0.0),
 }
