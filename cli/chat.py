@@ -161,7 +161,7 @@ class Conversation:
         turns = zip(self.session.turns, self.asked, self.session.answers(), strict=True)
         found = [Exchange(turn.text, tuple(p.absolute() for p in paths), said) for turn, paths, said in turns]
         try:
-            path.write_text(to_markdown(self.session.system, found), encoding="utf-8")
+            path.write_text(to_markdown(self.session.system, found), encoding="utf-8", errors="surrogateescape")
         except OSError as error:
             raise DataError(f"{path} cannot be written: {error.strerror}.") from error
         _say(f"{show.plural(len(found), 'turn')} saved to {path}\n")
@@ -169,8 +169,8 @@ class Conversation:
     def load(self, name: str) -> None:
         path = _named(name, "/load")
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = path.read_text(encoding="utf-8", errors="surrogateescape")  # names of files may be any bytes
+        except OSError as error:
             raise DataError(f"{path} cannot be read as a saved conversation.") from error
         system, found = from_markdown(text, str(path))
         pictures = [[self.session.encode(image) for image in exchange.images] for exchange in found]  # or nothing

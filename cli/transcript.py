@@ -49,7 +49,7 @@ def from_markdown(text: str, name: str) -> tuple[str | None, list[Exchange]]:
             if number + 1 == len(sections) or sections[number + 1][0] != "Answer":
                 raise DataError(f"{name}: a question has no answer; expected a whole conversation.")
             images = tuple(Path(path) for path in _PICTURE.findall(body))
-            body = "\n".join(line for line in body.splitlines() if not _PICTURE.fullmatch(line))
+            body = "\n".join(line for line in body.split("\n") if not _PICTURE.fullmatch(line))
             found.append(Exchange(_plain(body), images, _plain(sections[number + 1][1])))
     return system, found
 

@@ -168,6 +168,19 @@ def _interrupt_after(count: int):
     return say
 
 
+def test_a_picture_whose_name_is_no_text(chat: Conversation, tmp_path: Path) -> None:
+    picture = tmp_path / os.fsdecode(b"caf\xe9.png")
+    try:
+        picture.write_bytes(png(1))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    chat.waiting = [picture]
+    chat.take("What?")
+    chat.take(f"/save {tmp_path}/talk.md")
+    chat.take(f"/load {tmp_path}/talk.md")
+    assert chat.asked == [(picture,)]
+
+
 def test_answers_are_shown_and_never_obeyed(
     chat: Conversation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,7 +208,7 @@ def test_tables_and_bars_show_text_as_it_is(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_transcript_survives_any_text() -> None:
-    odd = "# Conversation\n## Answer\n![](<x>)\n\\# a\n\\\\![ b\n```\n## Question\n```"
+    odd = "# Conversation\n## Answer\n![](<x>)\n\\# a\n\\\\![ b\n```\n## Question\n```\na\u2028b\x85c"
     exchanges = [Exchange(odd, (Path("/a b.png"), Path("/c(1).png")), odd), Exchange("x", (), "y")]
     assert from_markdown(to_markdown(odd, exchanges), "f") == (odd, exchanges)
     assert from_markdown(to_markdown(None, []), "f") == (None, [])
