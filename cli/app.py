@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterable
@@ -18,6 +20,7 @@ from mlx_llama3v.errors import UserError
 from mlx_llama3v.version import __version__
 
 DEBUG = "LLAMA3V_DEBUG"
+_EXAMPLE = re.compile(r"`(llama3v-mlx [^`]+)`")
 COMMANDS = (
     "convert", "embed", "train", "fuse", "export", "chat", "generate", "serve", "classify", "store", "demo", "doctor",
 )  # fmt: skip
@@ -58,7 +61,7 @@ def build(commands: Iterable[str] = COMMANDS) -> typer.Typer:
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
-        rich_markup_mode="markdown",
+        rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
         help="Build and run a SigLIP + Llama-3 vision-language model on this machine, offline.\n\n"
         "convert two checkpoints, embed every picture once, train the projector, train the decoder, chat. "
@@ -67,7 +70,21 @@ def build(commands: Iterable[str] = COMMANDS) -> typer.Typer:
     app.callback()(options)
     for name in commands:
         import_module(f"mlx_llama3v.cli.{name}").register(app)
+    _plain_help(app)
     return app
+
+
+def _plain_help(app: typer.Typer) -> None:
+    """Help for 80 columns, where Typer's boxes cut the names of options: plain, and examples as lines to copy."""
+    for group in app.registered_groups:
+        if group.typer_instance is not None:
+            _plain_help(group.typer_instance)
+    for command in app.registered_commands:
+        said = (inspect.getdoc(command.callback) or "").split("\n\n")
+        examples = [line for part in said for line in _EXAMPLE.findall(" ".join(part.split()))]
+        told = [part for part in said if not _EXAMPLE.search(" ".join(part.split()))]
+        command.short_help = " ".join(told[0].split()).partition(". ")[0].removesuffix(".") + "."
+        command.help = "\n\n".join([*told, "\b\n" + "\n  ".join(["Example:", *examples])])
 
 
 def run() -> None:

@@ -49,7 +49,9 @@ def register(app: typer.Typer) -> None:
 @settings_options(Sampling)
 def chat(
     model: Model,
-    image: Annotated[list[Path] | None, typer.Option("--image", help="Picture to begin with; repeat for more.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", metavar="<path>", help="Picture to begin with; repeat for more.")
+    ] = None,
     run: Run = None,
     system_prompt: Annotated[str | None, typer.Option("--system-prompt", help="System text.")] = None,
     max_slices: MaxSlices = None,

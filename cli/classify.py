@@ -17,7 +17,9 @@ def register(app: typer.Typer) -> None:
 
 def classify(
     model: Annotated[str, typer.Option("--model", help="SigLIP checkpoint, or a model directory.", show_default=False)],
-    image: Annotated[list[Path], typer.Option("--image", help="Picture; repeat for more.", show_default=False)],
+    image: Annotated[
+        list[Path], typer.Option("--image", metavar="<path>", help="Picture; repeat for more.", show_default=False)
+    ],
     text: Annotated[list[str], typer.Option("--text", help="Text to score; repeat for more.", show_default=False)],
     json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
     offline: Offline = False,

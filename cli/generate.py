@@ -38,7 +38,9 @@ def generate(
     ctx: typer.Context,
     model: Model,
     prompt: Annotated[str | None, typer.Option("--prompt", help="The question; `-` reads it from stdin.")] = None,
-    image: Annotated[list[str] | None, typer.Option("--image", help="Picture; repeat for more; `-`: stdin.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", metavar="<path>", help="Picture; repeat for more; `-`: stdin.")
+    ] = None,
     prompts: Annotated[
         str | None, typer.Option("--prompts", help='JSONL of {"prompt", "image" or "images", "id"}; `-`: stdin.')
     ] = None,

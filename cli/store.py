@@ -14,7 +14,7 @@ from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.errors import StoreError
 from mlx_llama3v.stages import picture_names
 
-app = typer.Typer(no_args_is_help=True, help="Look after an embedding store.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look after an embedding store.")
 
 
 def register(parent: typer.Typer) -> None:

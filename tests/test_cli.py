@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from mlx_llama3v.cli import show
 from mlx_llama3v.cli.app import COMMANDS, build, run
 from mlx_llama3v.cli.interrupt import interruptible
 from mlx_llama3v.demo.dataset import DataSet, draw
+from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.weights import TINY
 from tests.hf_llama import make_llama
 from tests.hf_siglip import make_siglip
@@ -117,6 +118,21 @@ def test_help_of_every_command_has_an_example(cli: Cli) -> None:
     for name in names:
         outcome = cli(*name, "--help")
         assert outcome.status == 0 and "Example" in outcome.out, name
+        examples = [line.split() for line in outcome.out.splitlines() if line.startswith("    llama3v-mlx ")]
+        known = {word.strip(",") for line in outcome.out.splitlines() if line[:3] == "  -" for word in line.split()}
+        for example in examples:  # a line each, and of options that exist
+            assert example[1 : 1 + len(name)] == name
+            assert {word for word in example if word[0] == "-"} <= known, example
+        assert examples, name
+
+
+def test_help_names_every_option_whole(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal of 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    words = cli("train", "--help").out.split()
+    for item in fields(TrainConfig):
+        flag = item.metadata.get("flags", [f"--{item.name.replace('_', '-')}"])[0]
+        assert flag.partition("/")[0] in [word.partition("/")[0].strip(",") for word in words], flag
 
 
 def test_presets_are_for_train_alone(cli: Cli) -> None:
