@@ -10,9 +10,10 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from mlx_llama3v.directory import leftovers as find_leftovers
 from mlx_llama3v.errors import size as size
@@ -20,17 +21,28 @@ from mlx_llama3v.inference import Answer
 from mlx_llama3v.platform import peak_memory
 
 _SILENT = os.environ.get("MLX_RANK", "0") != "0"  # of several processes (mlx.launch) the first one speaks
+_LINE, _SHORT = 84, 12  # columns of a bar without its note, and of a note for which a bar makes room
 _AS_IT_IS: Any = {"highlight": False, "soft_wrap": True, "markup": False, "emoji": False}  # names hold [brackets], too
 out = Console(quiet=_SILENT, **_AS_IT_IS)
 err = Console(stderr=True, **_AS_IT_IS)
 
 
+class _Lines(Progress):
+    """A line a task, and its note below where it is long: in 80 columns both would be cut."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.visible and task.fields["below"]:
+                yield Text(f"  {task.fields['below']}", no_wrap=True, overflow="ellipsis")
+
+
 class Bar:
-    """One line of progress; `update(done, total, note)` as often as one likes."""
+    """One line of progress, or two; `update(done, total, note)` as often as one likes."""
 
     def __init__(self, progress: Progress, unit: str, label: str) -> None:
         self._progress, self._unit = progress, unit
-        self._task = progress.add_task(label, total=None, rate="", note="")
+        self._task = progress.add_task(label, total=None, rate="", note="", below="")
         self._used, self._shown = False, progress.console.is_terminal  # there it lives while a model is loaded
         if self._shown:
             progress.start()
@@ -41,7 +53,9 @@ class Bar:
         self._used = self._shown = True
         if done < self._progress.tasks[self._task].completed:  # what came before is done, and has another rate
             self._progress.reset(self._task)
-        self._progress.update(self._task, completed=done, total=total, note=note)
+        beside = len(note) <= max(_SHORT, self._progress.console.width - _LINE)
+        here, below = (note, "") if beside else ("", note)
+        self._progress.update(self._task, completed=done, total=total, note=here, below=below)
         elapsed = self._progress.tasks[self._task].elapsed or 0.0
         if elapsed > 0:
             self._progress.update(self._task, rate=f"{done / elapsed:,.1f} {self._unit}/s")
@@ -59,14 +73,14 @@ def bar(label: str, unit: str) -> Iterator[Bar]:
     """A progress bar that stays on the terminal; where stderr is no terminal only its last state is printed."""
     columns = (
         TextColumn("{task.description:<22}", markup=False),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[note]}", markup=False),
     )
     console = Console(quiet=True) if _SILENT else err
-    with closing(Bar(Progress(*columns, console=console, refresh_per_second=4), unit, label)) as made:
+    with closing(Bar(_Lines(*columns, console=console, refresh_per_second=4), unit, label)) as made:
         yield made
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from mlx_llama3v.cli import show
 from mlx_llama3v.cli.app import COMMANDS, build, run
@@ -105,6 +106,19 @@ def test_a_bar_that_begins_anew_has_a_new_rate() -> None:
         task.start_time -= 100
         bar.update(0, 900)
         assert (task.completed, task.total) == (0, 900) and (task.elapsed or 0) < 1
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_a_bar_shows_all_that_it_says(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 80 columns, a Mac's terminal, a long note stands below; cut were the bar, the count and the rate."""
+    said = io.StringIO()
+    monkeypatch.setattr(show, "err", Console(file=said, width=width, markup=False))
+    note = "loss 0.264, 4,867 tokens/s, 40.0 images/s, 112.3 MB"
+    with show.bar("train (pretrain)", "steps") as bar:
+        bar.update(1200, 600000, note)
+    lines = said.getvalue().splitlines()
+    assert "…" not in said.getvalue() and "1200/600000" in lines[0] and "steps/s" in lines[0] and "━" in lines[0]
+    assert lines[0 if width == 160 else 1].strip().endswith(note)
 
 
 # --- help
