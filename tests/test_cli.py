@@ -115,6 +115,8 @@ def test_a_bar_shows_all_that_it_says(width: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(show, "err", Console(file=said, width=width, markup=False))
     note = "loss 0.264, 4,867 tokens/s, 40.0 images/s, 112.3 MB"
     with show.bar("train (pretrain)", "steps") as bar:
+        bar.update(0, 600000)
+        bar._progress.tasks[0].start_time -= 3600  # type: ignore[operator]
         bar.update(300000, 600000, note)
     lines = said.getvalue().splitlines()
     assert "…" not in said.getvalue() and "300000/600000" in lines[0] and "steps/s" in lines[0] and "━" in lines[0]
