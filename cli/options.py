@@ -44,7 +44,7 @@ def config_file(ctx: typer.Context, path: Path | None) -> Path | None:
     presets = ctx.command.name == "train"
     if (
         presets
-        and not path.exists()
+        and not path.is_file()
         and (preset := PRESETS / path.with_suffix(".toml").name).is_file()
         and path.parent == Path()
     ):

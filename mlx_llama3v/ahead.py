@@ -136,7 +136,8 @@ class Ahead:
         """
         self.close()
         for old in self._directory.glob(f"{_ROLLING}*"):
-            shutil.rmtree(old, ignore_errors=True)
+            if not _lives(old):
+                shutil.rmtree(old, ignore_errors=True)
         target = self._directory / f"{_ROLLING}{os.getpid()}"
         target.mkdir(parents=True)
         always = set(self.store.held_names)
@@ -173,8 +174,19 @@ class Ahead:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-        for old in self._directory.glob(f"{_ROLLING}*"):
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self._directory / f"{_ROLLING}{os.getpid()}", ignore_errors=True)
+
+
+def _lives(rolling: Path) -> bool:
+    """Whether another process trains from there; a second start is refused, and must not take that away before."""
+    try:
+        parent = int(rolling.name.removeprefix(_ROLLING))
+        os.kill(parent, 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return parent != os.getpid()
 
 
 def scan(

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_llama3v import estimate
 from mlx_llama3v.ahead import Ahead, AheadConfig
 from mlx_llama3v.checkpoint import load_config, load_model, load_projector, load_run
@@ -266,6 +268,8 @@ def train_stage(
                 )
             store = Store(embeddings)
         else:
+            if mx.distributed.init().size() > 1:
+                raise RunError("--embed-ahead trains in one process; run `llama3v-mlx embed` first for several.")
             ahead = replace(ahead, pool=ahead.pool or stored_pool(load_config(path), projector))
             images = _files(records, image_folder)
             always = _held_out_images(records.records, config)

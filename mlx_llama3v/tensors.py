@@ -205,9 +205,12 @@ def write_shards(
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write and fsync a text file."""
-    path.write_text(text, encoding="utf-8")
-    sync(path)
+    """Write a text file, complete or as it was. Raises OSError."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
+    os.replace(partial, path)
+    sync(path.parent)
 
 
 def digest(tensors: Mapping[str, mx.array]) -> str:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from mlx_llama3v.embeddings.store import Store
@@ -153,3 +154,32 @@ def test_a_half_written_checkpoint_is_ignored(store: Store, tmp_path: Path) -> N
     run(config, store, tmp_path / "whole")
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
     assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [(0, "rank 1 after step 4; copy the checkpoints"), (1, r"batches of 5 and of 1 rows"), (2, "give both")],
+)
+def test_ranks_that_would_train_otherwise(
+    column: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of two machines has its own disk and memory: one may lack the checkpoints, or fit another batch."""
+
+    class Two:
+        def size(self) -> int:
+            return 2
+
+        def rank(self) -> int:
+            return 0
+
+    change = mx.zeros(3)
+
+    def both(tables: list[mx.array], group: Any) -> list[mx.array]:
+        return [mx.stack([tables[0][0], tables[0][0] + change])]
+
+    monkeypatch.setattr(resume, "all_sum", both)
+    settings = {"batch_size": 1, "seed": 0, "lanes": 2}
+    resume.require_agreement(Two(), tmp_path, 0, settings)  # type: ignore[arg-type]
+    change[column] = 4
+    with pytest.raises(RunError, match=words):
+        resume.require_agreement(Two(), tmp_path, 0, settings)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from mlx_llama3v.durable import sync
 from mlx_llama3v.embeddings.store import MANIFEST
 from mlx_llama3v.errors import RunError
 from mlx_llama3v.tensors import load_file, mismatches, read_json, save_safetensors_atomic, write_text
+from mlx_llama3v.train.step import all_sum
 
 CHECKPOINTS = "checkpoints"
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 DIGESTS = {  # settings of which a checkpoint holds the digest alone
     "rows": "the records that are trained on (of another data file, --val-split, or a store with other pictures)",
     "tokenizer": "the tokenizer",
+    "model": "the model",
     "embeddings": "the encoder of the store",
     "projector": "the frozen projector",
 }
@@ -109,6 +112,26 @@ def require_same(checkpoint: Path, have: Mapping[str, Any], want: Mapping[str, A
     if differ:
         what = "; ".join(_difference(key, have.get(key), want.get(key)) for key in differ)
         raise RunError(f"{checkpoint} was made with other settings: {what}; resume with those, or start anew.")
+
+
+def require_agreement(group: mx.distributed.Group, run_dir: Path, done: int, settings: Mapping[str, Any]) -> None:
+    """Raises RunError, on every rank, where one would train otherwise: each may have a disk and a memory of its own."""
+    same = json.dumps({key: value for key, value in settings.items() if key != "lanes"}, sort_keys=True)
+    short = int(sha256(same.encode()).hexdigest()[:6], 16)  # exact in float32
+    table = mx.zeros((group.size(), 3))
+    table[group.rank()] = mx.array([done, settings["batch_size"], short], mx.float32)
+    first, *others = np.array(all_sum([table], group)[0]).astype(int).tolist()
+    for rank, found in enumerate(others, 1):
+        if found[0] != first[0]:
+            raise RunError(
+                f"rank 0 begins after step {first[0]}, rank {rank} after step {found[0]}; copy the checkpoints of "
+                f"{run_dir} to the machine that lacks them."
+            )
+        if found != first:
+            raise RunError(
+                f"rank {rank} would train otherwise than rank 0 (batches of {found[1]} and of {first[1]} rows); give "
+                "both the same model, data, store, options and --batch-size."
+            )
 
 
 def _difference(key: str, had: Any, has: Any) -> str:

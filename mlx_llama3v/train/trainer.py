@@ -46,6 +46,7 @@ from mlx_llama3v.train.report import METRICS, Callbacks, Evaluation, Metrics, Pr
 from mlx_llama3v.train.sinks import Sinks
 from mlx_llama3v.train.step import Step, add, all_sum
 
+_HOPELESS = 20  # steps in a row that are no number: then it is not the rows
 # What may differ between a run and its resumption: the result does not depend on it.
 _FREE = ("save_every", "keep", "steps_per_report", "steps_per_eval", "val_rows", "on_nan", "report_to")
 
@@ -160,8 +161,8 @@ class _Run:
         self.optimizer.init(self.model.trainable_parameters())
         mx.eval(self.model.parameters(), self.optimizer.state)
         done = self._restore(checkpoint) if checkpoint else 0
-        mx.eval(all_sum([mx.array(0.0)], self.group))  # nothing is written before every rank has looked
-        if self.first:
+        checkpointing.require_agreement(self.group, self.path, done, self.settings)
+        if self.first:  # nothing was written before every rank had looked
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / "config.json", json.dumps(self._describe(notes), indent=2) + "\n")
         self.metrics = Metrics.open(self.path / METRICS, done, write=self.first)
@@ -219,6 +220,8 @@ class _Run:
         settings = {key: value for key, value in self.config.to_dict().items() if key not in _FREE}
         settings["rows"] = records_digest(self.rows.records)
         settings["tokenizer"] = sha256((self.tokens.to_json() + repr(self.tokens.layout)).encode()).hexdigest()
+        model = json.dumps(self.model.config.to_dict(), sort_keys=True)
+        settings["model"] = sha256(model.encode()).hexdigest()
         settings["embeddings"], settings["codec"] = self.store.manifest.digest, self.store.codec.name
         if STAGES[self.config.stage].trains == "decoder":  # frozen, so no checkpoint brings it back
             settings["projector"] = digest(parameters(self.model.projector))
@@ -314,6 +317,7 @@ class _Run:
             for part, running in [(part, side.start(partial(step.gradients, part))) for part in parts]:
                 found = running.result()
                 total = found if total is None else add(total, found)
+                mx.eval(total)  # or the gradients of all parts of the step would wait for the last one
                 seen.append((found[0], part.row_ids))
                 own.see(part)
         return total or step.nothing(), seen, own
@@ -336,6 +340,9 @@ class _Run:
 
     def _report(self, now: int) -> None:
         if not self.window.steps:
+            ended = now == self.feed.steps and self.last is None
+            if self.window.skipped < _HOPELESS and not ended:
+                return  # a few bad rows; the window goes on
             raise RunError(
                 f"steps up to {now}: not one of the last {self.window.skipped:.0f} had a loss and gradient that are "
                 "numbers; the weights themselves may be damaged. Go on from an older checkpoint with a lower learning "
