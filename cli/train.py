@@ -126,6 +126,10 @@ def train(
 
 def _say(result: TrainResult, dry_run: bool) -> None:
     """How it ended; an interrupted run ends the command with status 130."""
+    for problem in result.unseen[:10]:
+        show.err.print(f"trained as if blank: {problem}")
+    if len(result.unseen) > 10:
+        show.err.print(f"... and {len(result.unseen) - 10:,} more pictures that their headers only promised")
     if dry_run:
         show.out.print(f"{show.plural(result.steps, 'step')} would be trained; nothing was written.")
     elif result.stopped is not None:

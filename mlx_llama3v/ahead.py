@@ -108,6 +108,9 @@ class Ahead:
                     writer.fit(Fit(load((directory / CHANNELS).read_bytes()), {}))
                 embed_images([(name, images[name]) for name in always], encoder, writer, batch_size=config.batch_size)
             held = Store(directory / "held-out")
+            for name, why in held.failures.items():  # with a good header, or it would have no layout
+                problems[name] = why
+                layouts.pop(name, None)
         self.store = RollingStore(
             directory,
             Manifest(encoder.fingerprint(), config.codec, describe),

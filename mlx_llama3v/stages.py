@@ -275,7 +275,8 @@ def train_stage(
             always = _held_out_images(records.records, config)
             store = stack.enter_context(Ahead(embeddings, ahead, images, always, resume=resume)).store
         result = _train(path, store, records.records, output, config, projector, resume, callbacks, str(data), dry_run)
-    return replace(result, problems=(*records.problems, *result.problems))
+    unseen = tuple(Problem(name, why) for name, why in getattr(store, "blank", {}).items())  # of a RollingStore
+    return replace(result, problems=(*records.problems, *result.problems), unseen=unseen)
 
 
 def _files(data: DataSet, image_folder: Path | None) -> dict[str, Path]:

@@ -133,9 +133,32 @@ def test_unreadable_pictures_are_told_before_or_blank(model: Path, data: DataSet
         store.expect([(0, [names[0], "half.png"]), (1, [names[2]])])
         store.begin(0)
         assert not store.read("half.png").patches.any() and store.read(names[0]).patches.any()
-        assert "half.png" in store.failures
+        assert "half.png" in store.failures and [*store.blank] == ["half.png"]  # which `train` tells
         store.begin(1)
         assert store.read(names[2]).patches.any()
+
+
+def test_held_out_pictures_that_cannot_be_decoded_are_left_out(model: Path, data: DataSet, tmp_path: Path) -> None:
+    """Told before step 1: an evaluation that asks for one would end each try at its last step."""
+    paths = images(data)
+    half = tmp_path / "half.png"
+    half.write_bytes([*paths.values()][1].read_bytes()[:-300])
+    always = [*paths][:2]
+    with Ahead(
+        tmp_path / "ahead", AheadConfig(str(model), BUDGET, "float16"), paths | {always[1]: half}, always
+    ) as ahead:
+        assert always[0] in ahead.store and always[1] not in ahead.store and always[1] in ahead.store.failures
+
+
+def test_a_second_start_leaves_a_live_run_alone(model: Path, data: DataSet, tmp_path: Path) -> None:
+    paths = images(data)
+    live, dead = tmp_path / f"rolling-{os.getppid()}", tmp_path / "rolling-999999999"
+    for folder in (live, dead):
+        folder.mkdir(parents=True)
+    with Ahead(tmp_path, AheadConfig(str(model), BUDGET, "float16"), paths) as ahead:
+        ahead.store.expect([(0, [*paths][:2])])
+        assert live.is_dir() and not dead.exists()
+    assert [*tmp_path.glob("rolling-*")] == [live]
 
 
 def test_a_wrong_folder_is_named_and_leaves_nothing_to_a_second_try(model: Path, data: DataSet, tmp_path: Path) -> None:

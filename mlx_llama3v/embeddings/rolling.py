@@ -220,7 +220,7 @@ class RollingStore:
         """
         self.path, self.manifest, self._width = path, manifest, width
         self.codec = get_codec(manifest.codec)
-        self.failures = dict(problems)
+        self.failures, self.blank = dict(problems), dict[str, str]()  # blank: that were read as zeros
         self._layouts, self._held, self._check, self._start = layouts, held, check, start
         self._turn, self._left = -1, False
         self._shards: dict[Path, int] = {}  # with the last turn that reads it
@@ -299,7 +299,7 @@ class RollingStore:
         reason = read_failures(self.path).get(key)
         if reason is None:
             raise StoreError(f"{self.path} has no embedding of {name!r} in turn {self._turn}.")
-        self.failures[name] = reason
+        self.failures[name] = self.blank[name] = reason
         layout = self.layout(name)
         blank = np.zeros((layout.patches, self._width), np.float32)
         channels = self.codec.fit(blank)

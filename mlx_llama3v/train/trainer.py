@@ -64,6 +64,7 @@ class TrainResult:
     evaluation: Evaluation | None
     seconds: float
     stopped: int | None = None  # after which step, where `Callbacks.stop` asked for it
+    unseen: tuple[Problem, ...] = ()  # pictures that could not be read when their turn came (--embed-ahead)
 
 
 def train(
@@ -340,8 +341,7 @@ class _Run:
 
     def _report(self, now: int) -> None:
         if not self.window.steps:
-            ended = now == self.feed.steps and self.last is None
-            if self.window.skipped < _HOPELESS and not ended:
+            if self.window.skipped < _HOPELESS and (self.last is not None or now < self.feed.steps):
                 return  # a few bad rows; the window goes on
             raise RunError(
                 f"steps up to {now}: not one of the last {self.window.skipped:.0f} had a loss and gradient that are "
