@@ -236,6 +236,9 @@ def print_start(start: Start) -> None:
         f"of {start.batches_per_step} x {start.batch_size} rows"
         f"{f', {start.done:,} of them done' if start.done else ''}"
     )
+    made = start.batches_per_step * start.batch_size
+    if start.rows_per_step not in (0, made):
+        show.err.print(f"{start.rows_per_step} rows a step make no equal batches, so there are {made}")
     show.err.print(f"training {learned.count:,} of {learned.total:,} parameters ({', '.join(learned.parts)})")
     count = {kind: sum(n for _, k, n in start.sample if k == kind) for kind in ("visual", "target")}
     sample = Text(f"first row ({count['visual']} visual tokens, {count['target']} targets): ")

@@ -12,7 +12,7 @@ import pytest
 
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.errors import RunError
-from mlx_llama3v.train import resume
+from mlx_llama3v.train import ranks, resume
 from mlx_llama3v.train.report import Callbacks, Progress, Start
 from tests.tiny_run import chats, make_store, run, settings
 
@@ -177,9 +177,9 @@ def test_ranks_that_would_train_otherwise(
     def both(tables: list[mx.array], group: Any) -> list[mx.array]:
         return [mx.stack([tables[0][0], tables[0][0] + change])]
 
-    monkeypatch.setattr(resume, "all_sum", both)
+    monkeypatch.setattr(ranks, "all_sum", both)
     settings = {"batch_size": 1, "seed": 0, "lanes": 2}
-    resume.require_agreement(Two(), tmp_path, 0, settings)  # type: ignore[arg-type]
+    ranks.require_agreement(Two(), tmp_path, 0, settings)  # type: ignore[arg-type]
     change[column] = 4
     with pytest.raises(RunError, match=words):
-        resume.require_agreement(Two(), tmp_path, 0, settings)  # type: ignore[arg-type]
+        ranks.require_agreement(Two(), tmp_path, 0, settings)  # type: ignore[arg-type]

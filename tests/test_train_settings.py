@@ -39,6 +39,16 @@ def test_presets_are_the_recipe(stage: str) -> None:
         assert found.batch_size * found.grad_accumulation_steps == config.rows_per_step
 
 
+@pytest.mark.parametrize(("rows", "batch", "batches"), [(100, 64, (2, 50)), (10, 4, (3, 4)), (5, 8, (1, 5))])
+def test_rows_of_a_step_are_split_evenly(rows: int, batch: int, batches: tuple[int, int]) -> None:
+    config = TrainConfig(batch_size=batch, rows_per_step=rows).resolved()
+    assert (config.grad_accumulation_steps, config.batch_size) == batches
+
+
+def test_a_batch_that_is_fitted_to_the_memory_has_lanes() -> None:
+    assert TrainConfig(batch_size=0).resolved().lanes == TrainConfig(batch_size=64).resolved().lanes
+
+
 def _context(name: str) -> typer.Context:
     return typer.Context(typer.main.get_command(_app()), info_name=name)  # type: ignore[return-value]
 

@@ -35,6 +35,11 @@ class Row:
     def __len__(self) -> int:
         return len(self.rendered)
 
+    @property
+    def targets(self) -> int:
+        """Positions that are trained."""
+        return int(self.rendered.supervised.sum())
+
 
 @dataclass(frozen=True)
 class RowLayout:
@@ -91,12 +96,17 @@ def shortened(rendered: Rendered, most: int) -> Rendered:
 
     Later turns go, and the end of an answer. Raises ContextError where no target is left.
     """
-    targets = np.flatnonzero(rendered.supervised[:most])
-    if not len(targets):
+    targets = int(rendered.supervised[:most].sum())
+    if not targets:
         raise ContextError(
             f"it has {len(rendered)} tokens, and its first answer begins after the longest allowed ({most})"
         )
-    end = int(targets[-1]) + 1
+    return cut(rendered, targets)
+
+
+def cut(rendered: Rendered, targets: int) -> Rendered:
+    """The row up to so many targets."""
+    end = int(np.flatnonzero(rendered.supervised)[:targets][-1]) + 1
     return Rendered(rendered.ids[:end], rendered.source[:end], rendered.supervised[:end])
 
 

@@ -27,6 +27,7 @@ class Stage:
 
 
 STAGES = {stage.name: stage for stage in (Stage("pretrain", "projector", 1e-3), Stage("sft", "decoder", 2e-4))}
+MOST_ROWS = 256  # of a batch that is fitted to the memory, where no other number is given
 FULL_RATE = 2e-5  # LLaVA-1.5's where all of the decoder learns
 
 REPORTERS = ("tensorboard", "wandb")
@@ -109,11 +110,11 @@ class TrainConfig:
         # every fused loop in 42 forms at run time: on an H100 a small model's first step had not begun after a minute.
         compiled = device_name() == "metal" if self.compile is None else self.compile
         # Random numbers follow the seed in the caller's own thread alone: dropout keeps to one lane.
-        lanes = 1 if compiled or self.lora_dropout else self.lanes or default_lanes(self.batch_size)
+        lanes = 1 if compiled or self.lora_dropout else self.lanes or default_lanes(self.batch_size or MOST_ROWS)
         found = replace(self, learning_rate=rate, compile=compiled, lanes=lanes)
-        if self.rows_per_step and self.batch_size:
-            batch = min(self.batch_size, self.rows_per_step)
-            found = replace(found, batch_size=batch, grad_accumulation_steps=-(-self.rows_per_step // batch))
+        if self.rows_per_step and self.batch_size:  # as many batches as need be, and of those the smallest
+            batches = -(-self.rows_per_step // self.batch_size)
+            found = replace(found, batch_size=-(-self.rows_per_step // batches), grad_accumulation_steps=batches)
         return found
 
     def to_dict(self) -> dict[str, Any]:

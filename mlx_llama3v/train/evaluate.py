@@ -9,21 +9,22 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from hashlib import sha256
 
 import mlx.core as mx
-from msgspec.structs import replace
+from msgspec import structs
 
 from mlx_llama3v.data.batches import collate, order
 from mlx_llama3v.data.records import Record
-from mlx_llama3v.data.rows import Row, RowLayout, build_rows
+from mlx_llama3v.data.rows import Row, RowLayout, build_rows, cut
 from mlx_llama3v.errors import ContextError, DataError
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.text.prompt import render
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.train.loss import loss_sum, weights
+from mlx_llama3v.train.ranks import all_sum
 from mlx_llama3v.train.report import Evaluation
-from mlx_llama3v.train.step import all_sum
 
 _EVERY = 1 << 32
 
@@ -62,16 +63,18 @@ class Evaluator:
         usable = usable[: config.val_rows]
         self.rows: list[Row] = [*usable]
         pictured = any(record.images for record in usable.records)
-        self._shuffled = self._rows(shuffled(usable.records)) if pictured else []
-        self._blind = [blind(record, layout) for record in usable.records] if pictured else []
+        wrong = zip(shuffled(usable.records) if pictured else [], self.rows, strict=False)
+        self._shuffled = [row for record, right in wrong if (row := self._like(record, right))]
+        none = zip(usable.records if pictured else [], self.rows, strict=False)
+        self._blind = [blind(record, layout, right) for record, right in none]
 
-    def _rows(self, records: Sequence[Record]) -> list[Row]:
-        """Those that other pictures do not make too long."""
-        found = []
-        for record in records:
-            with suppress(DataError, ContextError):
-                found.append(self._layout.row(record))
-        return found
+    def _like(self, record: Record, right: Row) -> Row | None:
+        """Laid out with the targets of `right`; None where its pictures make it too long."""
+        with suppress(DataError, ContextError):
+            row = self._layout.whole(record)
+            row = replace(row, rendered=cut(row.rendered, right.targets))
+            return row if len(row) <= self._layout.max_length else None
+        return None
 
     def run(self, step: int) -> Evaluation:
         """Evaluate after `step` steps; the model's mode and random state are as before."""
@@ -114,11 +117,11 @@ def shuffled(records: Sequence[Record]) -> list[Record]:
 
     if all(len(group) == 1 for group in groups.values()):
         return []
-    return [replace(record, images=next_of(record.images)) for record in records]
+    return [structs.replace(record, images=next_of(record.images)) for record in records]
 
 
-def blind(record: Record, layout: RowLayout) -> Row:
-    """The record without pictures; a turn that was only a picture is left out."""
-    messages = [replace(m, images=()) for m in record.messages if m.text.strip()]
+def blind(record: Record, layout: RowLayout, right: Row) -> Row:
+    """The record without pictures, with the targets of `right`; a turn that was only a picture is left out."""
+    messages = [structs.replace(m, images=()) for m in record.messages if m.text.strip()]
     rendered = render(messages, (), layout.tokens, layout.projector, caption=layout.caption(record))
-    return Row(record.id, rendered, (), ())
+    return Row(record.id, cut(rendered, right.targets), (), ())

@@ -75,8 +75,7 @@ def training_job(
 def job_of(model: Llama3V, config: TrainConfig, row: Row, learned: int | None = None) -> TrainJob:
     """One batch of rows like `row`."""
     grids = [grid for layout in row.layouts for grid in layout.grids]
-    targets = int(row.rendered.supervised.sum())
-    return training_job(model, config, len(row), grids, targets=targets, learned=learned)
+    return training_job(model, config, len(row), grids, targets=row.targets, learned=learned)
 
 
 def kept(projector: ProjectorConfig, patches: int) -> int:

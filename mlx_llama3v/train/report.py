@@ -35,6 +35,7 @@ class Start:
     shortened: tuple[Problem, ...]  # rows that are cut (`long_rows`)
     batch_size: int  # rows
     batches_per_step: int
+    rows_per_step: int  # that were asked for; 0: left to the two above
     steps: int
     done: int  # steps done before, of a resumed run
     trainable: Trainable

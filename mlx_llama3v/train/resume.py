@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from pathlib import Path
@@ -24,21 +24,36 @@ import numpy as np
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_map_with_path
 
+from mlx_llama3v.data.records import Record, records_digest
 from mlx_llama3v.durable import sync
-from mlx_llama3v.embeddings.store import MANIFEST
+from mlx_llama3v.embeddings.store import MANIFEST, Reader
 from mlx_llama3v.errors import RunError
-from mlx_llama3v.tensors import load_file, mismatches, read_json, save_safetensors_atomic, write_text
-from mlx_llama3v.train.step import all_sum
+from mlx_llama3v.model import Llama3V
+from mlx_llama3v.tensors import (
+    digest,
+    load_file,
+    mismatches,
+    parameters,
+    read_json,
+    save_safetensors_atomic,
+    write_text,
+)
+from mlx_llama3v.text.tokens import Tokens
+from mlx_llama3v.train.config import STAGES, TrainConfig
 
 CHECKPOINTS = "checkpoints"
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+# What may differ between a run and its resumption: the result does not depend on it.
+_FREE = ("save_every", "keep", "steps_per_report", "steps_per_eval", "val_rows", "on_nan", "report_to")
 DIGESTS = {  # settings of which a checkpoint holds the digest alone
     "rows": "the records that are trained on (of another data file, --val-split, or a store with other pictures)",
     "tokenizer": "the tokenizer",
     "model": "the model",
+    "decoder": "the weights of the decoder",
     "embeddings": "the encoder of the store",
     "projector": "the frozen projector",
 }
+_LOOKED_AT = 64  # numbers of a tensor
 _NAME = re.compile(r"step-(\d{7,})")
 
 
@@ -114,24 +129,21 @@ def require_same(checkpoint: Path, have: Mapping[str, Any], want: Mapping[str, A
         raise RunError(f"{checkpoint} was made with other settings: {what}; resume with those, or start anew.")
 
 
-def require_agreement(group: mx.distributed.Group, run_dir: Path, done: int, settings: Mapping[str, Any]) -> None:
-    """Raises RunError, on every rank, where one would train otherwise: each may have a disk and a memory of its own."""
-    same = json.dumps({key: value for key, value in settings.items() if key != "lanes"}, sort_keys=True)
-    short = int(sha256(same.encode()).hexdigest()[:6], 16)  # exact in float32
-    table = mx.zeros((group.size(), 3))
-    table[group.rank()] = mx.array([done, settings["batch_size"], short], mx.float32)
-    first, *others = np.array(all_sum([table], group)[0]).astype(int).tolist()
-    for rank, found in enumerate(others, 1):
-        if found[0] != first[0]:
-            raise RunError(
-                f"rank 0 begins after step {first[0]}, rank {rank} after step {found[0]}; copy the checkpoints of "
-                f"{run_dir} to the machine that lacks them."
-            )
-        if found != first:
-            raise RunError(
-                f"rank {rank} would train otherwise than rank 0 (batches of {found[1]} and of {first[1]} rows); give "
-                "both the same model, data, store, options and --batch-size."
-            )
+def settings(
+    config: TrainConfig, records: Sequence[Record], tokens: Tokens, model: Llama3V, store: Reader
+) -> dict[str, Any]:
+    """All that the result of a run depends on and that a resumed one could get wrong; of a fresh `model`."""
+    found = {key: value for key, value in config.to_dict().items() if key not in _FREE}
+    found["rows"] = records_digest(records)
+    found["tokenizer"] = sha256((tokens.to_json() + repr(tokens.layout)).encode()).hexdigest()
+    found["model"] = sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode()).hexdigest()
+    # The beginning of each tensor: training of any kind changes it, and to hash 16 GB would take a minute.
+    decoder = parameters(model.language_model)
+    found["decoder"] = digest({name: value.reshape(-1)[:_LOOKED_AT] for name, value in decoder.items()})
+    found["embeddings"], found["codec"] = store.manifest.digest, store.codec.name
+    if STAGES[config.stage].trains == "decoder":  # frozen, so no checkpoint brings it back
+        found["projector"] = digest(parameters(model.projector))
+    return found
 
 
 def _difference(key: str, had: Any, has: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.optimizers import Optimizer
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_llama3v.data.batches import Batch
 from mlx_llama3v.model import Llama3V
@@ -96,17 +96,3 @@ def arrays(batch: Batch) -> tuple[Any, ...]:
 def add(left: Any, right: Any) -> Any:
     """Sum of two gradient trees."""
     return tree_map(mx.add, left, right)
-
-
-def all_sum(tree: Any, group: mx.distributed.Group) -> Any:
-    """Sum of the trees of all ranks: one message. On the CPU: a GPU must not wait for a slow neighbour."""
-    if group.size() == 1:
-        return tree
-    flat: dict[str, mx.array] = dict(tree_flatten(tree))
-    joined = mx.concatenate([value.astype(mx.float32).reshape(-1) for value in flat.values()])
-    joined = mx.distributed.all_sum(joined, group=group, stream=mx.cpu)
-    parts, start = list[tuple[str, mx.array]](), 0
-    for name, value in flat.items():
-        parts.append((name, joined[start : start + value.size].reshape(value.shape)))
-        start += value.size
-    return tree_unflatten(parts)

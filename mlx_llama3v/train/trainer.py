@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import numpy as np
 
 from mlx_llama3v import plan
 from mlx_llama3v.data.batches import Batch
-from mlx_llama3v.data.records import Problem, Record, records_digest
+from mlx_llama3v.data.records import Problem, Record
 from mlx_llama3v.data.rows import Row, RowLayout, build_rows
 from mlx_llama3v.embeddings.lock import Lock
 from mlx_llama3v.embeddings.store import Reader, described
@@ -32,23 +31,22 @@ from mlx_llama3v.errors import DataError, RunError
 from mlx_llama3v.lanes import Lanes, lanes
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.platform import machine
-from mlx_llama3v.tensors import digest, parameters, save_safetensors_atomic, write_text
+from mlx_llama3v.tensors import parameters, save_safetensors_atomic, write_text
 from mlx_llama3v.text.prompt import describe
 from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.train import resume as checkpointing
-from mlx_llama3v.train.config import STAGES, TrainConfig
+from mlx_llama3v.train.config import MOST_ROWS, TrainConfig
 from mlx_llama3v.train.evaluate import Evaluator, hold_out
 from mlx_llama3v.train.feed import Feed
 from mlx_llama3v.train.lora import Trainable, adapter_weights, prepare
 from mlx_llama3v.train.memory import job_of, longest_row
 from mlx_llama3v.train.optim import adamw, learning_rate
+from mlx_llama3v.train.ranks import all_sum, gather, require_agreement
 from mlx_llama3v.train.report import METRICS, Callbacks, Evaluation, Metrics, Progress, Skipped, Start, Window, plot
 from mlx_llama3v.train.sinks import Sinks
-from mlx_llama3v.train.step import Step, add, all_sum
+from mlx_llama3v.train.step import Step, add
 
 _HOPELESS = 20  # steps in a row that are no number: then it is not the rows
-# What may differ between a run and its resumption: the result does not depend on it.
-_FREE = ("save_every", "keep", "steps_per_report", "steps_per_eval", "val_rows", "on_nan", "report_to")
 
 
 @dataclass(frozen=True)
@@ -137,6 +135,7 @@ class _Run:
         self.config = config = fitted(config, model, self.longest)
         self.evaluator = Evaluator(held_out, layout, model, config, self.group)
         self.problems = (*problems, *self.evaluator.problems)
+        self.settings = checkpointing.settings(config, self.rows.records, tokens, model, store)
         self.feed = Feed(self.rows, store, model.config, config, self.group.rank(), self.group.size())
         self.sample = tuple(describe(self.rows[0].rendered, tokens))
         self.tokens = tokens
@@ -149,20 +148,19 @@ class _Run:
         """Everything up to the first step, but nothing is written."""
         checkpoint = self._checkpoint(resume)
         self.trainable = prepare(self.model, self.config)
-        self._tell(checkpointing.read_state(checkpoint).step if checkpoint else 0)
+        self._tell(self._state(checkpoint).step if checkpoint else 0)
         return self._result(None)
 
     def go(self, resume: bool, notes: Mapping[str, Any]) -> TrainResult:
         """Prepare, restore, train, write."""
         checkpoint = self._checkpoint(resume)
-        self.settings = self._settings()
         mx.random.seed(self.config.seed)
         self.trainable = prepare(self.model, self.config)
         self.optimizer = adamw(self.config.weight_decay, two_rates=self.config.tune_projector)
         self.optimizer.init(self.model.trainable_parameters())
         mx.eval(self.model.parameters(), self.optimizer.state)
         done = self._restore(checkpoint) if checkpoint else 0
-        checkpointing.require_agreement(self.group, self.path, done, self.settings)
+        require_agreement(self.group, self.path, done, self.settings)
         if self.first:  # nothing was written before every rank had looked
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / "config.json", json.dumps(self._describe(notes), indent=2) + "\n")
@@ -208,25 +206,18 @@ class _Run:
             raise RunError(f"{self.path} holds a run already; go on with it (--resume), or choose another directory.")
         return found[-1] if found else None
 
-    def _restore(self, checkpoint: Path) -> int:
-        """Go back to where a checkpoint stands; the number of steps done."""
+    def _state(self, checkpoint: Path) -> checkpointing.State:
+        """Where a checkpoint stands. Raises RunError where it is of another run than this would be."""
         state = checkpointing.read_state(checkpoint)
         checkpointing.require_same(checkpoint, state.settings, self.settings)
+        return state
+
+    def _restore(self, checkpoint: Path) -> int:
+        """Go back to where a checkpoint stands; the number of steps done."""
+        state = self._state(checkpoint)
         checkpointing.restore(checkpoint, self.model, self.optimizer)
         self.window = Window(**state.window)
         return state.step
-
-    def _settings(self) -> dict[str, Any]:
-        """All that the result depends on and that a resumed run could get wrong."""
-        settings = {key: value for key, value in self.config.to_dict().items() if key not in _FREE}
-        settings["rows"] = records_digest(self.rows.records)
-        settings["tokenizer"] = sha256((self.tokens.to_json() + repr(self.tokens.layout)).encode()).hexdigest()
-        model = json.dumps(self.model.config.to_dict(), sort_keys=True)
-        settings["model"] = sha256(model.encode()).hexdigest()
-        settings["embeddings"], settings["codec"] = self.store.manifest.digest, self.store.codec.name
-        if STAGES[self.config.stage].trains == "decoder":  # frozen, so no checkpoint brings it back
-            settings["projector"] = digest(parameters(self.model.projector))
-        return settings
 
     def _describe(self, notes: Mapping[str, Any]) -> dict[str, Any]:
         """config.json: every resolved setting, and what the run was made of and on."""
@@ -251,6 +242,7 @@ class _Run:
             shortened=self.rows.shortened,
             batch_size=self.config.batch_size,
             batches_per_step=self.config.grad_accumulation_steps,
+            rows_per_step=self.config.rows_per_step,
             memory=plan.training_memory(job_of(self.model, self.config, self.longest, self.trainable.count)).total,
             memory_limit=plan.memory_limit(),
             steps=self.feed.steps,
@@ -327,8 +319,9 @@ class _Run:
         self, number: int, loss: float, norm: float, seen: list[tuple[mx.array, tuple[str, ...]]]
     ) -> None:
         """A step whose loss or gradient is no number changes nothing. Raises RunError unless `on_nan` is skip."""
-        bad = [ids for value, ids in seen if not math.isfinite(float(value))] or [ids for _, ids in seen]
-        rows = tuple(chain(*bad)) or ("those of another rank",)
+        bad = chain(*(ids for value, ids in seen if not math.isfinite(float(value))))
+        # Where every loss is a number, a gradient is none: it may be that of any row.
+        rows = tuple(gather([*bad], self.group) or gather([*chain(*(ids for _, ids in seen))], self.group))
         if self.config.on_nan == "stop":
             raise RunError(
                 f"step {number + 1}: the loss is {loss:.4g}, the norm of its gradient {norm:.4g}, on the rows "
@@ -341,7 +334,7 @@ class _Run:
 
     def _report(self, now: int) -> None:
         if not self.window.steps:
-            if self.window.skipped < _HOPELESS and (self.last is not None or now < self.feed.steps):
+            if self.window.skipped < _HOPELESS and (self.window.before or now < self.feed.steps):
                 return  # a few bad rows; the window goes on
             raise RunError(
                 f"steps up to {now}: not one of the last {self.window.skipped:.0f} had a loss and gradient that are "
@@ -395,6 +388,6 @@ def fitted(config: TrainConfig, model: Llama3V, longest: Row) -> TrainConfig:
     """`config` with the batch size that the memory of this machine holds, where it is 0."""
     if config.batch_size:
         return config
-    most = config.rows_per_step or 256
+    most = config.rows_per_step or MOST_ROWS
     batch_size = plan.largest_batch(job_of(model, config, longest), plan.memory_limit(), most)
     return replace(config, batch_size=batch_size).resolved()
