@@ -21,17 +21,24 @@ def fuse(
     output: Annotated[
         Path, typer.Option("--output", "-o", "--save-path", help="Model directory to write.", show_default=False)
     ],
+    dequantize: Annotated[
+        bool,
+        typer.Option(
+            "--dequantize", help="Write a quantized model at full precision, so that nothing is rounded again."
+        ),
+    ] = False,
     offline: Offline = False,
 ) -> None:
     """Merge a run into a model directory: `--model OUTPUT` then stands for `--model MODEL --run RUN`.
 
-    A quantized decoder stays quantized, which rounds the adapters.
+    A quantized decoder stays quantized: all weights of the layers that the run adapted are rounded again, so it answers
+    otherwise than the run does, unless with --dequantize.
 
     Example: `llama3v-mlx fuse --model my-model --run runs/sft --output my-tuned-model`
     """
     from mlx_llama3v.hub import resolve
     from mlx_llama3v.weights.fuse import fuse as merge
 
-    written = merge(resolve(model, offline=offline), run, output)
+    written = merge(resolve(model, offline=offline), run, output, dequantize=dequantize)
     show.out.print(f"Model directory: {written}")
     show.leftovers(written)

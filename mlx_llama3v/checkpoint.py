@@ -22,7 +22,7 @@ from mlx_llama3v.directory import replacing
 from mlx_llama3v.durable import sync
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.hub import resolve
-from mlx_llama3v.model import Llama3V, quantize_layers
+from mlx_llama3v.model import Llama3V, dequantized, quantize_layers
 from mlx_llama3v.platform import device_name
 from mlx_llama3v.projector import Projector
 from mlx_llama3v.tensors import (
@@ -63,15 +63,20 @@ def load_config(directory: str | Path) -> ModelConfig:
     return ModelConfig.from_dict(read_json(path), str(path))
 
 
-def read_model(directory: str | Path) -> Llama3V:
+def read_model(directory: str | Path, *, dequantize: bool = False) -> Llama3V:
     """Projector and decoder as stored: lazy tensors, no dtype changed. For whoever writes them again.
 
-    Raises CheckpointError with all missing, unexpected and wrong-shaped tensors.
+    With `dequantize` what was quantized is float32, and the model's `config` says nothing of it. Raises CheckpointError
+    with all missing, unexpected and wrong-shaped tensors.
     """
     directory = resolve(directory)
     config = load_config(directory)
+    weights = read_tensors(directory, ("projector.", "language_model."))
+    if dequantize and config.quantization:
+        weights = dequantized(weights, config.quantization)
+        config = replace(config, quantization=None)
     model = Llama3V(config)
-    weights = model.sanitize(read_tensors(directory, ("projector.", "language_model.")))
+    weights = model.sanitize(weights)
     if config.quantization:
         quantize_layers(model, config.quantization, only="language_model.", stored=weights)
     load_into(model, weights, directory)

@@ -190,6 +190,21 @@ def quantize_layers(
     nn.quantize(module, class_predicate=wanted)
 
 
+def dequantized(weights: Mapping[str, mx.array], setting: Mapping[str, Any]) -> dict[str, mx.array]:
+    """Tensors of a quantized checkpoint with each packed layer as the float32 matrix that it stands for; lazy."""
+    plain = {}
+    for name, value in weights.items():
+        layer, _, part = name.rpartition(".")
+        scales, biases = weights.get(f"{layer}.scales"), weights.get(f"{layer}.biases")
+        if scales is None or part not in ("weight", "scales", "biases"):
+            plain[name] = value
+        elif part == "weight":
+            if biases is not None:  # else the scales are exponents, of 4-bit floats
+                scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+            plain[name] = mx.dequantize(value, scales, biases, **layer_setting(setting, layer), dtype=mx.float32)
+    return plain
+
+
 def quantize_decoder(
     model: Llama3V, *, bits: int = 4, group_size: int = 64, mode: str = "affine", stored: Container[str] | None = None
 ) -> dict[str, Any]:

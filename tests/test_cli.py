@@ -20,12 +20,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from mlx_llama3v.checkpoint import load_config
 from mlx_llama3v.cli import show
 from mlx_llama3v.cli.app import COMMANDS, build, run
 from mlx_llama3v.cli.interrupt import interruptible
 from mlx_llama3v.demo.dataset import DataSet, draw
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.weights import TINY
+from mlx_llama3v.weights.convert import convert
+from mlx_llama3v.weights.quantize import QuantConfig
 from tests.hf_llama import make_llama
 from tests.hf_siglip import make_siglip
 
@@ -85,7 +88,6 @@ class World:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     from mlx_llama3v.stages import embed_data
-    from mlx_llama3v.weights.convert import convert
 
     root = tmp_path_factory.mktemp("world")
     data = draw(root / "data", 8, 9, seed=0)
@@ -389,6 +391,9 @@ def test_train_both_stages_and_use_them(cli: Cli, world: World, tmp_path: Path) 
         "--prompt", "How many shapes are there?", "--max-tokens", 5, "--json",
     )  # fmt: skip
     assert json.loads(again.out)["tokens"] == json.loads(outcome.out)["tokens"]
+    packed = convert(TINY / "siglip", TINY / "llama", tmp_path / "q4", quantize=QuantConfig(4, 32)).path
+    whole = cli("fuse", "--model", packed, "--run", tmp_path / "two", "--output", tmp_path / "whole", "--dequantize")
+    assert whole.status == 0 and load_config(tmp_path / "whole").quantization is None, whole
     refused(cli("fuse", "--model", world.model, "--run", world.model, "--output", tmp_path / "x"), "is not a run")
 
 

@@ -26,7 +26,7 @@ from mlx_llama3v.weights.fuse import fuse
 from mlx_llama3v.weights.quantize import QuantConfig
 from tests.hf_edit import contents, edit_json
 from tests.hf_llama import make_llama
-from tests.hf_parity import IDS, distance, logits
+from tests.hf_parity import IDS, distance, features, logits
 from tests.hf_siglip import make_siglip
 
 
@@ -204,3 +204,44 @@ def test_fusing_keeps_quantization_and_dtype(vision: Path, llm: Path, tmp_path: 
     assert {k: (v.shape, v.dtype) for k, v in one.items()} == {k: (v.shape, v.dtype) for k, v in two.items()}
     assert distance(logits(fused), np.array(trained(mx.array(IDS)))) < 0.05
     fuse(fused, run, fused)  # in place
+
+
+QUANTS = {
+    "q4": QuantConfig(4, 32, tower=True),
+    "mixed": QuantConfig(4, 32, recipe="mixed_3_6"),
+    "mxfp4": QuantConfig(4, 32, "mxfp4"),
+    "plain": None,
+}
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("quantize", QUANTS)
+def test_dequantized_the_fused_model_is_the_adapted_one(
+    quantize: str, kind: str, vision: Path, llm: Path, tmp_path: Path
+) -> None:
+    """With nothing rounded again; and a model that was never quantized is the same with the option as without."""
+    base = convert(vision, llm, tmp_path / "base", quantize=QUANTS[quantize]).path
+    trained = load_model(base)
+    run = write_run(trained, tmp_path / "run", kind, ("self_attn.q_proj", "mlp.down_proj"))
+    expected = np.array(trained(mx.array(IDS)))
+    plain, again = fuse(base, run, tmp_path / "plain", dequantize=True), fuse(base, run, tmp_path / "again")
+    assert np.abs(logits(plain) - expected).max() <= 1e-4
+    if quantize == "plain":
+        assert contents(plain) == contents(again)
+        return
+    assert distance(logits(again), expected) > 1e-3
+    assert load_config(plain).quantization is None and "quantiz" not in (plain / "config.json").read_text()
+    assert "quantized" not in (plain / "README.md").read_text()
+    assert distance(features(plain), features(base)) < 0.02  # the tower's scales are bfloat16
+    whole = convert(vision, llm, tmp_path / "whole").path
+    assert {k: v.shape for k, v in read_tensors(plain).items()} == {k: v.shape for k, v in read_tensors(whole).items()}
+
+
+def test_dequantized_weights_have_the_dtype_of_their_scales(vision: Path, llm: Path, tmp_path: Path) -> None:
+    base = convert(vision, llm, tmp_path / "base", quantize=QuantConfig(4, 32, tower=True), dtype="bfloat16").path
+    trained = load_model(base)
+    run = write_run(trained, tmp_path / "run")
+    plain = fuse(base, run, tmp_path / "plain", dequantize=True)
+    dtypes = {v.dtype for k, v in read_tensors(plain).items() if not k.startswith(("projector.", "logit_"))}
+    assert dtypes == {mx.bfloat16}
+    assert distance(logits(plain), np.array(trained(mx.array(IDS)))) < 0.02

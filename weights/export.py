@@ -48,7 +48,10 @@ def open_model(model_dir: str | Path, run: str | Path | None) -> tuple[Path, Lla
     source = resolve(model_dir).resolve()
     model = read_model(source)
     if model.config.quantization:
-        raise CheckpointError(f"{source} is quantized; export the model directory that was converted without -q.")
+        raise CheckpointError(
+            f"{source} is quantized; export the model directory that was converted without -q, or what `fuse "
+            "--dequantize` makes of this one and a run."
+        )
     if run is not None:
         load_run(model, run)
         decoder = model.language_model
