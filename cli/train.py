@@ -29,6 +29,14 @@ from mlx_llama3v.train.trainer import TrainResult
 # What stage sft takes over from the run that trained its projector, beside the model and the store.
 INHERITED = ("max_seq_length", "long_rows", "pack", "seed", "val_split", "val_rows", "grad_checkpoint")
 COLOURS = {"prompt": "dim", "target": "bold green", "marker": "magenta", "visual": "cyan"}
+Data = Annotated[
+    Path,
+    typer.Option(
+        "--data",
+        help="What `embed` was given: LLaVA-format JSON or JSONL, parquet, a save_to_disk folder, tar shards.",
+        show_default=False,
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -62,14 +70,7 @@ def register(app: typer.Typer) -> None:
 @settings_options(Embedding)
 def train(
     ctx: typer.Context,
-    data: Annotated[
-        Path,
-        typer.Option(
-            "--data",
-            help="What `embed` was given: LLaVA-format JSON or JSONL, parquet, a save_to_disk folder, tar shards.",
-            show_default=False,
-        ),
-    ],
+    data: Data,
     output: Annotated[Path, typer.Option("--output", help="Run directory to write.", show_default=False)],
     model: Annotated[
         str,
@@ -102,8 +103,8 @@ def train(
 
     Example: `llama3v-mlx train --model my-model --data captions.json --embeddings my-store --output runs/pretrain`
     """
-    before = _before(projector) if settings["stage"] == "sft" else {}
-    embedding, wanted = _settled(ctx, settings, before.get("train", {}))
+    before = _before(projector)
+    embedding, wanted = _settled(ctx, settings, before.get("train", {}) if settings["stage"] == "sft" else {})
     model, embeddings = _sources(model, embeddings, before, embedding.embed_ahead)
     ahead = embedding.ahead(model, offline)
     with show.bar(wanted.stage, "steps") as bar, interruptible(_stopping) as stop:
@@ -118,7 +119,7 @@ def train(
             image_folder=embedding.image_folder,
             resume=resume,
             offline=offline,
-            callbacks=_watch(bar, stop),
+            callbacks=_watch(bar, stop, wanted.val_split),
             dry_run=dry_run,
         )
     _say(result, dry_run)
@@ -170,18 +171,20 @@ def _settled(ctx: typer.Context, settings: dict[str, Any], before: dict[str, Any
     """Embedding and TrainConfig as the options and the run before have it."""
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     asked = given(ctx)
-    _check_used(values, asked)
+    _check_used(values, before, asked)
     _inherit(values, before, asked)
     return split_settings(values, Embedding, TrainConfig)
 
 
-def _check_used(values: dict[str, Any], asked: set[str]) -> None:
+def _check_used(values: dict[str, Any], before: dict[str, Any], asked: set[str]) -> None:
     """Refuse options that would have no effect: a forgotten --stage sft would train something else for hours.
 
     Raises RunError.
     """
     lora = ("lora_rank", "lora_scale", "lora_dropout", "lora_layers", "lora_keys")
     pretrain, added = values["stage"] == "pretrain", bool(values["rows_per_step"])
+    compiled = TrainConfig(compile=values["compile"]).resolved().compile
+    evaluated = values["val_split"] or before.get("val_split") or "val_split" in asked  # switched off in a preset: 0
     for unused, names, why in (
         (
             pretrain,
@@ -196,8 +199,14 @@ def _check_used(values: dict[str, Any], asked: set[str]) -> None:
         ),
         (
             not values["embed_ahead"],
-            ("codec", "store_budget", "pool", "max_slices"),
+            ("codec", "store_budget", "pool", "max_slices", "image_folder"),
             "a store has these of its own; expected --embed-ahead",
+        ),
+        (not evaluated, ("steps_per_eval", "val_rows"), "no rows are held out; expected --val-split"),
+        (
+            values["lanes"] > 1 and bool(values["lora_dropout"] or compiled),
+            ("lanes",),
+            "dropout and a compiled step (the default on Metal) keep to one",
         ),
         (added, ("grad_accumulation_steps",), "rows_per_step says how much is added up (0: leave it to the other)"),
     ):
@@ -255,11 +264,14 @@ def print_problems(problems: tuple[Any, ...], most: int = 10) -> None:
         show.err.print(f"... and {len(problems) - most} more")
 
 
-def _watch(bar: show.Bar, stop: Callable[[], bool]) -> Callbacks:
+def _watch(bar: show.Bar, stop: Callable[[], bool], val_split: float) -> Callbacks:
     """Print what happens, and move the bar."""
 
     def started(start: Start) -> None:
         print_start(start)
+        if val_split and not start.held_out:
+            why = f"val_split {val_split:g} leaves none beside {show.plural(start.rows, 'row')}"
+            show.err.print(f"no row is held out, so nothing is evaluated: {why}")
         bar.update(start.done, start.steps)
 
     def progress(p: Progress) -> None:

@@ -433,6 +433,9 @@ def test_sft_goes_on_from_a_projector_alone(cli: Cli, world: World, tmp_path: Pa
     outcome = cli(*args, "--output", "two")
     assert outcome.status == 0, outcome.err
     assert (tmp_path / "two" / "adapters.safetensors").is_file()
+    assert "no row is held out, so nothing is evaluated: val_split 0.002 leaves none beside" in outcome.err
+    on = cli("train", "--projector", "one", "--data", world.data.captions, "--iters", 1, "--output", "on", "--dry-run")
+    assert on.status == 0 and "as in the pretrain run" not in on.err, on.err  # stage pretrain finds the model, too
     refused(cli(*args[:4], world.model, *args[5:], "--output", "three"), "--model")  # no run: nothing to take over
     told = json.loads((tmp_path / "one" / "config.json").read_text())
     told["store"]["path"] = str(tmp_path / "gone")
@@ -469,9 +472,13 @@ def test_train_mistakes(cli: Cli, world: World, tmp_path: Path) -> None:
     refused(_train(cli, world, output, "--config", tmp_path / "d.toml"), "[train]", "section")
     refused(_train(cli, world, output, "--tune", "dora", "--lora-keys", "q_proj"), "--tune, --lora-keys", "--stage sft")
     refused(_train(cli, world, output, "--codec", "int8"), "--codec", "--embed-ahead")
+    refused(_train(cli, world, output, "--image-folder", world.data.images), "--image-folder", "--embed-ahead")
+    refused(_train(cli, world, output, "--val-rows", 2, "--steps-per-eval", 1), "--steps-per-eval", "--val-split")
+    refused(_train(cli, world, output, "--compile", "--lanes", 2), "--lanes", "compiled")
     sft = ("--projector", tmp_path / "one")
     refused(_train(cli, world, output, *sft, "--tune", "full", "--lora-rank", 4, stage="sft"), "--lora-rank", "full")
     refused(_train(cli, world, output, *sft, "--projector-learning-rate", 1, stage="sft"), "--tune-projector")
+    refused(_train(cli, world, output, *sft, "--lora-dropout", 0.1, "--lanes", 2, stage="sft"), "--lanes", "dropout")
     refused(_train(cli, world, output, "--config", "pretrain", "--grad-accumulation-steps", 2), "rows_per_step")
     refused(_train(cli, world, output, "--learning-rate", -1), "learning_rate", "-1")
     strangers = [{"id": "x", "image": "x.png", "conversations": [{"from": "gpt", "value": "A cat."}]}]

@@ -73,6 +73,11 @@ def test_sft_takes_over_what_it_should(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "config.json").write_text(json.dumps({"train": config.to_dict(), "model": "m"}))
     before = command._before(tmp_path)
     values = TrainConfig(stage="sft", seed=9).to_dict()
+    every = {**vars(command.Embedding()), **values}
+    command._check_used(every, before["train"], {"steps_per_eval"})  # there will be rows for it
+    command._check_used(every, {}, {"steps_per_eval", "val_split"})  # a preset's, and --val-split 0
+    with pytest.raises(RunError, match="--steps-per-eval would have no effect"):
+        command._check_used(every, {}, {"steps_per_eval"})
     command._inherit(values, before["train"], {"seed"})
     assert (values["max_seq_length"], values["val_split"], values["seed"]) == (512, 0.1, 9)
     assert values["learning_rate"] is None and values["batch_size"] == TrainConfig().batch_size
