@@ -50,6 +50,8 @@ def test_captions_and_conversations(tmp_path: Path) -> None:
         "0005.json": talk("No picture?", "None."),
         "0006.jpg": b"six",
         "readme.md": "x",
+        "README.txt": "A cat and a dog.",
+        "deep/LICENSE.txt": b"\xff",
         "._0006.jpg": b"a Mac's",
         "0007.HEIC": b"seven",
     }
@@ -93,6 +95,8 @@ def test_members_that_are_no_neighbours_are_a_problem(tmp_path: Path) -> None:
         "s.tar: 0: its text has no picture next to it in the shard; sort the shard by name"
     ]
     assert len(apart.problems) == 5 + 1  # and what is no JSON
+    lost = read_data(shard(tmp_path / "l.tar", {"1.jpg": "x", "000123.txt": "A cat.", "my-readme.txt": "A dog."}))
+    assert [problem.where for problem in lost.problems] == ["l.tar: 000123", "l.tar: my-readme"]
     together = read_data(shard(tmp_path / "t.tar", {name: name for name in sorted(names)}))
     assert len(together.records) == 5 and not together.problems
 

@@ -1,7 +1,8 @@
 """Reads WebDataset-style tar shards: files of one key (`0001.jpg`, `0001.txt`, `0001.json`) are one sample.
 
 A shard is walked from header to header; of its content only captions and conversations are read. Pictures stay
-where they are, as a stretch of the shard. A shard that was cut short gives what is whole.
+where they are, as a stretch of the shard. A shard that was cut short gives what is whole. A text without a picture is a
+Problem, since its picture may be lost, unless it is named as what describes a whole data set (README.txt, LICENSE.txt).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from mlx_llama3v.errors import DataError
 from mlx_llama3v.source import Source
 
 TEXTS = (".txt", ".caption", ".cap")
+_ABOUT = ("authors", "changelog", "citation", "copying", "copyright", "licence", "license", "notice", "readme")
 _MOST_TEXT = 16 << 20  # bytes of one caption or conversation
 _Member = tuple[str, tuple[int, int], bytes | None]  # name, offset and size in the shard, content where it is text
 
@@ -165,6 +167,8 @@ def _refusal(member: tarfile.TarInfo, length: int) -> str:
 def _row(sample: _Sample, where: str, problems: list[Problem]) -> Any:
     """The sample as a row of llava.py, its pictures named as the data set has them; None where it has no words."""
     pictures = [*sample.pictures]
+    if not pictures and [*sample.texts] == ["txt"] and PurePosixPath(sample.key).name.lower() in _ABOUT:
+        return None
     try:
         values = json.loads(sample.texts["json"]) if "json" in sample.texts else {}
         text = sample.texts["txt"].decode("utf-8-sig") if "txt" in sample.texts else None
