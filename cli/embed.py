@@ -162,7 +162,7 @@ def print_estimate(found: Estimate, store: Path) -> None:
 
 def _print_problems(problems: Sequence[Problem], where: str, most: int = 20) -> None:
     for problem in problems[:most]:
-        show.err.print(f"left out: {problem}", markup=False)
+        show.err.print(f"left out: {problem}")
     if len(problems) > most:
         show.err.print(f"... and {len(problems) - most:,} more{where}")
 

@@ -38,6 +38,10 @@ class DamagedError(StoreError):
         return f"{self.finding}; run the same `embed` again to make it anew."
 
 
+class ManifestError(StoreError):
+    """A store whose manifest is missing, damaged, or not that of its shards."""
+
+
 class RunError(UserError):
     """A training run that cannot start or go on: settings that clash, an incomplete checkpoint."""
 

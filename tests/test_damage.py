@@ -76,6 +76,18 @@ def test_a_cut_shard_is_repaired_without_verify(tmp_path: Path, left: int) -> No
     assert contents(tmp_path) == expected(range(12))
 
 
+@pytest.mark.parametrize("word", [b'"fingerprint":"', b'"codec":"'])
+def test_a_flipped_bit_in_what_names_the_encoder_is_damage(tmp_path: Path, word: bytes) -> None:
+    """Not a shard of another encoder, which is refused."""
+    file = shards(tmp_path)[1]
+    held, whole = names(file), file.read_bytes()
+    at = whole.index(word) + len(word)
+    file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    assert losses(tmp_path).names == held and file.with_name(f"{file.name}.damaged").exists()
+    fill(tmp_path, range(12))
+    assert contents(tmp_path) == expected(range(12))
+
+
 def test_names_elsewhere_of_lost_pictures_are_lost_too(tmp_path: Path) -> None:
     file = shards(tmp_path)[1]
     held = names(file)

@@ -84,6 +84,28 @@ def test_one_process_takes_up_the_parts_that_a_killed_run_left(tmp_path: Path, c
     assert [file.name for file in tmp_path.glob("*.damaged")] == [f"{shard.parent.name}-{shard.name}.damaged"] * cut
 
 
+@pytest.mark.parametrize("how", ["cut", "gone", "other"])
+def test_a_part_whose_manifest_is_damaged_is_set_aside_and_told(tmp_path: Path, how: str) -> None:
+    """Its shards wait there for a manifest; the other part arrives, and the next run makes what is missing."""
+    fill(tmp_path / "rank-0-of-2", range(4))
+    fill(tmp_path / "rank-1-of-2", range(4, 8))
+    manifest = tmp_path / "rank-1-of-2" / "manifest.json"
+    values = json.loads(manifest.read_bytes())
+    if how == "gone":
+        manifest.unlink()
+    else:
+        values["fingerprint"]["layer"] = 7
+        manifest.write_text(json.dumps(values) if how == "other" else "{")
+    losses = Losses()
+    Ranks(tmp_path, losses).collect()
+    aside = tmp_path / "damaged-1-rank-1-of-2"
+    assert contents(tmp_path) == expected(range(4)) and losses.left(Store(tmp_path)) == 4
+    assert len(losses.sentences) == 1 and f"{aside} with 4 names" in losses.sentences[0] and not manifest.exists()
+    (aside / "manifest.json").write_bytes((tmp_path / "manifest.json").read_bytes())
+    merge([aside], tmp_path)
+    assert contents(tmp_path) == expected(range(8)) and losses.left(Store(tmp_path)) == 0
+
+
 def test_a_damaged_common_store_stops_no_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path, range(12))
     shard = tmp_path / "shard-00001.safetensors"

@@ -7,12 +7,13 @@ import os
 from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 from mlx_llama3v.embeddings.index import Index, ShardIndex
 from mlx_llama3v.embeddings.shard import read_shard, verify_shard, write_atomic
-from mlx_llama3v.embeddings.store import Manifest, open_shard, shard_files
-from mlx_llama3v.errors import DamagedError, StoreError
+from mlx_llama3v.embeddings.store import MANIFEST, Manifest, open_shard, shard_files
+from mlx_llama3v.errors import DamagedError, ManifestError, StoreError
 
 _NOTES = "damage.json"  # names of shards that `verify` found damaged, and how
 
@@ -29,6 +30,11 @@ class Losses:
     told: Callable[[str], None] = lambda sentence: None
     sentences: list[str] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
+
+    def tell(self, sentence: str) -> None:
+        """Keep a sentence, and say it."""
+        self.sentences.append(sentence)
+        self.told(sentence)
 
     def left(self, store: Container[str]) -> int:
         """How many of the names are not there (again)."""
@@ -51,13 +57,25 @@ def set_damaged_aside(path: Path, manifest: Manifest, losses: Losses, into: Path
             held = "names that cannot be read" if index is None else f"{index.name_count:,} names"
             aside = into / f"{'' if into == path else f'{path.name}-'}{file.name}.damaged"
             _move(file, aside)
-            losses.sentences.append(f"{error.finding}; set aside as {aside.name} with {held}.")
-            losses.told(losses.sentences[-1])
+            losses.tell(f"{error.finding}; set aside as {aside.name} with {held}.")
             indexes += [index] if index is not None else []
     if indexes:
         losses.names |= _lost(indexes, [open_shard(file, manifest).index for _, file in shard_files(path)])
     if noted:
         (path / _NOTES).unlink(missing_ok=True)
+
+
+def set_part_aside(part: Path, error: ManifestError, losses: Losses) -> None:
+    """Move a whole store, whose shards nothing describes any more, beside its place. Raises StoreError."""
+    found = [index for _, file in shard_files(part) if (index := _salvage(file)) is not None]
+    aside = next(to for n in count(1) if not (to := part.with_name(f"damaged-{n}-{part.name}")).exists())
+    _move(part, aside)
+    names = {name for index in found for name, _ in index.names()}
+    losses.names |= names
+    losses.tell(
+        f"{str(error).rstrip('.')}; set aside as {aside} with {len(names):,} names, which are made anew unless "
+        f"`store merge` adds it to {part.parent} first, with a whole {MANIFEST} of the same settings in it."
+    )
 
 
 def _move(file: Path, aside: Path) -> None:

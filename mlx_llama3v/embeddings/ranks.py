@@ -15,11 +15,12 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_llama3v.embeddings.codec import Fit
-from mlx_llama3v.embeddings.damage import Losses, set_damaged_aside
+from mlx_llama3v.embeddings.damage import Losses, set_damaged_aside, set_part_aside
 from mlx_llama3v.embeddings.lock import Lock
 from mlx_llama3v.embeddings.sample import check_names
-from mlx_llama3v.embeddings.store import MANIFEST, Manifest, Store
+from mlx_llama3v.embeddings.store import MANIFEST, Manifest, Store, shard_files
 from mlx_llama3v.embeddings.tools import merge
+from mlx_llama3v.errors import ManifestError
 from mlx_llama3v.source import Source
 
 
@@ -58,29 +59,33 @@ class Ranks:
         return Store(self._output).fit if (self._output / MANIFEST).exists() else None
 
     def collect(self) -> None:
-        """Move every part into the common store, once all ranks are here. What is damaged is set aside in the latter.
+        """Move every part into the common store, once all ranks are here. What is damaged is set aside in the latter, a
+        part without a good manifest as a whole.
 
         Raises StoreError: a part that a process is still writing to or of other settings, or the disk refuses.
         """
         self._wait()
         if self.rank == 0:
-            if self.size > 1:  # else a writer is opened on it next
+            if self.size > 1 and (self._output / MANIFEST).exists():  # else a writer is opened on it next
                 self._set_aside(self._output)
             for part in sorted(self._output.glob("rank-*-of-*")):
-                self._set_aside(part)
-                if (part / MANIFEST).exists():
+                if shard_files(part) or (part / MANIFEST).exists():
+                    try:
+                        self._set_aside(part)
+                    except ManifestError as error:
+                        set_part_aside(part, error, self._losses)
+                        continue
                     merge([part], self._output, move=True, losses=self._losses)
                 shutil.rmtree(part, ignore_errors=True)
         self._wait()
 
     def _set_aside(self, store: Path) -> None:
         """Damaged shards, lest every run ends at them."""
-        if (store / MANIFEST).exists():
-            lock = Lock(store)
-            try:
-                set_damaged_aside(store, Manifest.read(store), self._losses, self._output)
-            finally:
-                lock.release()
+        lock = Lock(store)
+        try:
+            set_damaged_aside(store, Manifest.read(store), self._losses, self._output)
+        finally:
+            lock.release()
 
     def _wait(self) -> None:
         if self.size > 1:

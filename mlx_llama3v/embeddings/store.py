@@ -22,8 +22,8 @@ import numpy as np
 from mlx_llama3v.config import Encoded, SliceLayout
 from mlx_llama3v.embeddings.codec import Codec, Fit, Parts, get_codec, misfit, saturate, width
 from mlx_llama3v.embeddings.index import Index, distinct_layouts
-from mlx_llama3v.embeddings.shard import SCHEMA, OpenFile, Shard, damaged, read_shard, write_atomic
-from mlx_llama3v.errors import StoreError
+from mlx_llama3v.embeddings.shard import SCHEMA, OpenFile, Shard, damaged, read_shard, verify_shard, write_atomic
+from mlx_llama3v.errors import ManifestError, StoreError
 
 MANIFEST = "manifest.json"
 FAILURES = "failures.jsonl"
@@ -60,18 +60,18 @@ class Manifest:
             values = json.loads(file.read_bytes())
             schema = values.pop("schema")
         except FileNotFoundError as error:
-            raise StoreError(f"{path} is not an embedding store: it has no {MANIFEST}.") from error
+            raise ManifestError(f"{path} is not an embedding store: it has no {MANIFEST}.") from error
         except OSError as error:
             raise StoreError(f"{file} cannot be read: {error.strerror or error}.") from error
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise StoreError(f"{file} is damaged: it is not the manifest of an embedding store.") from error
+            raise ManifestError(f"{file} is damaged: it is not the manifest of an embedding store.") from error
         if schema != SCHEMA:
             raise StoreError(f"{file} has schema version {schema!r}; this version reads {SCHEMA}: embed anew.")
         kinds = {"fingerprint": dict, "codec": str, "post": dict, "fidelity": dict}
         if {"fingerprint", "codec"} - set(values) or any(
             key not in kinds or not isinstance(value, kinds[key]) for key, value in values.items()
         ):
-            raise StoreError(f"{file} is damaged: it is not the manifest of an embedding store.")
+            raise ManifestError(f"{file} is damaged: it is not the manifest of an embedding store.")
         return cls(**values)
 
     def write(self, path: Path) -> None:
@@ -272,12 +272,12 @@ def shard_files(path: Path) -> list[tuple[int, Path]]:
 def open_shard(file: Path, manifest: Manifest) -> Shard:
     """A shard of the store with that manifest; one copied here from another store is refused. Raises StoreError."""
     shard = read_shard(file)
-    if shard.codec != manifest.codec:
-        raise StoreError(f"{file} has codec {shard.codec!r}, the store {manifest.codec!r}.")
-    if shard.fingerprint != manifest.digest:
-        raise StoreError(
-            f"{file} was made with another encoder ({shard.fingerprint[:12]}) than the store ({manifest.digest[:12]})."
-        )
+    if (shard.codec, shard.fingerprint) != (manifest.codec, manifest.digest):
+        verify_shard(file)  # a flipped bit looks like another encoder, too
+        if shard.codec != manifest.codec:
+            raise ManifestError(f"{file} has codec {shard.codec!r}, the store {manifest.codec!r}.")
+        theirs, ours = shard.fingerprint[:12], manifest.digest[:12]
+        raise ManifestError(f"{file} was made with another encoder ({theirs}) than the store ({ours}).")
     if shard.index.pictures and (wrong := misfit(get_codec(shard.codec), shard.parts, shard.channels)):
         raise damaged(file, f"its {wrong} is not what the codec {shard.codec} writes")
     return shard
