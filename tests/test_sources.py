@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +16,9 @@ from hypothesis import strategies as st
 
 from mlx_llama3v.data.dataset import read_data
 from mlx_llama3v.data.sources import FilePart, Folders, Refused
+from mlx_llama3v.errors import StoreError
+from mlx_llama3v.stages import picture_names
+from tests.test_webdataset import shard
 
 
 @pytest.fixture
@@ -111,6 +117,30 @@ def test_a_folder_of_pictures_with_links_out_of_it(place: Path) -> None:
     assert [str(problem) for problem in read_data(place / "images").problems] == [
         "folder: it is a link to a folder outside: --allow-outside follows it"
     ]
+
+
+def test_a_folder_below_that_cannot_be_read_is_a_problem(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`store prune` would drop its pictures, `embed --strict` pass over them. Root may read all, so it is feigned."""
+    scandir = os.scandir
+
+    def refusing(path: str) -> Any:
+        if os.path.basename(path) == "sub":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    os.symlink("nowhere.png", place / "images" / "broken.png")
+    os.unlink(place / "images" / "folder")
+    said = "sub: this folder cannot be read (Permission denied), so nothing in it is used"
+    assert [*map(str, read_data(place / "images").problems)] == [
+        said,
+        "broken.png: it is a broken link, no file, or must not be read",
+    ]
+    with pytest.raises(StoreError, match=re.escape(f"2 problems, the first: {said}")):
+        picture_names(place / "images")
+    (place / "tars" / "sub").mkdir(parents=True)
+    shard(place / "tars" / "a.tar", {"a.jpg": b"a"})
+    assert [*map(str, read_data(place / "tars").problems)] == [said]
 
 
 def test_linked_folders_are_followed_where_that_is_allowed(place: Path) -> None:

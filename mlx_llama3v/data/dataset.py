@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
@@ -140,12 +140,15 @@ def _braces(pattern: str, most: int = 1_000_000) -> list[str]:
 def _read_folder(folder: Path, allow_outside: bool) -> DataSet:
     if is_saved(folder):
         return _read_files(folder, arrow_files(folder), folder)
-    kinds = {kind[0]: sorted(files_below(folder, kind)) for kind in (_TARS, _TABLES, _PACKED)}
-    kinds = {ending: files for ending, files in kinds.items() if files}
+    found, unread = files_below(folder, (*_TARS, *_TABLES, *_PACKED))
+    kinds: dict[str, list[Path]] = {}
+    for file in sorted(found):
+        kind = next(kind for kind in (_TARS, _TABLES, _PACKED) if file.name.lower().endswith(kind))
+        kinds.setdefault(kind[0], []).append(file)
     if not kinds:
-        found, problems = folder_images(folder, allow_outside=allow_outside)
-        return DataSet(folder, problems=tuple(problems), held=dict(found), home=folder)
-    if len(kinds) > 1 or any(files_below(folder, PICTURES)):
+        pictures, problems = folder_images(folder, allow_outside=allow_outside)
+        return DataSet(folder, problems=tuple(problems), held=dict(pictures), home=folder)
+    if len(kinds) > 1 or files_below(folder, PICTURES)[0]:
         raise DataError(f"{folder} holds {' and '.join(kinds)} files beside others; give a pattern, as {folder}/*.tar.")
     ending, files = next(iter(kinds.items()))
     splits = {match[1]: file for file in files if (match := _SPLIT.search(file.relative_to(folder).as_posix()))}
@@ -153,7 +156,8 @@ def _read_folder(folder: Path, allow_outside: bool) -> DataSet:
         split, file = max(splits.items())  # after "test" in the alphabet: "train", where it is there
         one = f"{file.parent}/{split}*{ending}" if file.name.startswith(split) else file.parent
         raise DataError(f"{folder} holds the splits {', '.join(sorted(splits))}; give one, as '{one}'.")
-    return _read_files(folder, files, folder)
+    read = _read_files(folder, files, folder)
+    return replace(read, problems=(*unread, *read.problems))
 
 
 def _read_files(path: Path, files: list[Path], home: Path) -> DataSet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 from mlx_llama3v.data.records import Problem
@@ -14,7 +15,8 @@ _UNREADABLE = (".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef",
 
 
 def folder_images(folder: str | Path, *, allow_outside: bool = False) -> tuple[dict[str, Path], list[Problem]]:
-    """The pictures of a folder and those below it, by name relative to it, sorted; and what else looks like one.
+    """The pictures of a folder and those below it, by name relative to it, sorted; and what else looks like one
+    or cannot be read.
 
     Hidden files are left out. Links to folders elsewhere are followed with `allow_outside`, and are Problems without.
     Raises DataError when it is no folder or holds no picture.
@@ -27,8 +29,11 @@ def folder_images(folder: str | Path, *, allow_outside: bool = False) -> tuple[d
     for name, file in sorted((file.relative_to(folder).as_posix(), file) for file in files):
         if why := unreadable(name):
             problems.append(Problem(name, why))
-        elif name.lower().endswith(PICTURES) and file.is_file():
-            found[name] = file
+        elif name.lower().endswith(PICTURES):
+            if os.path.isfile(file):
+                found[name] = file
+            else:
+                problems.append(Problem(name, "it is a broken link, no file, or must not be read"))
     if not found:
         why = f"; the first problem: {problems[0]}" if problems else ""
         raise DataError(f"{folder} holds no picture ({', '.join(PICTURES)}){why}.")
@@ -54,7 +59,7 @@ def _walk(folder: Path, allow_outside: bool) -> tuple[list[Path], list[Problem]]
             name = start.relative_to(folder).as_posix()
             problems.append(Problem(name, "it is a link to a folder outside: --allow-outside follows it"))
             continue
-        for place, folders, names in os.walk(start):
+        for place, folders, names in os.walk(start, onerror=partial(_note, folder, problems)):
             real = os.path.realpath(place)
             folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in seen)
             if real not in seen:
@@ -64,10 +69,18 @@ def _walk(folder: Path, allow_outside: bool) -> tuple[list[Path], list[Problem]]
     return files, problems
 
 
-def files_below(folder: Path, endings: tuple[str, ...]) -> list[Path]:
-    """All files below a folder whose names end so, unsorted; nothing hidden; links to folders are not followed."""
-    found = []
-    for place, folders, files in os.walk(folder):
+def files_below(folder: Path, endings: tuple[str, ...]) -> tuple[list[Path], list[Problem]]:
+    """All files below a folder whose names end so, unsorted; nothing hidden; links to folders are not followed. And the
+    folders that cannot be read."""
+    found: list[Path] = []
+    problems: list[Problem] = []
+    for place, folders, files in os.walk(folder, onerror=partial(_note, folder, problems)):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(place, name) for name in files if name.lower().endswith(endings) and not name.startswith(".")]
-    return found
+    return found, problems
+
+
+def _note(folder: Path, problems: list[Problem], error: OSError) -> None:
+    """A folder below that cannot be listed."""
+    where = Path(error.filename).relative_to(folder).as_posix()
+    problems.append(Problem(where, f"this folder cannot be read ({error.strerror or error}), so nothing in it is used"))
