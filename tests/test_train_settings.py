@@ -99,6 +99,7 @@ class Seen(list[Any]):
     """Stands for a writer of either library."""
 
     closed = False
+    id = "as3f"
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         self.append((step, {name: value}))
@@ -130,6 +131,9 @@ def test_reports_reach_both_libraries(store: Store, tmp_path: Path, monkeypatch:
         assert result.last is not None and result.evaluation is not None
         assert found[4, "loss"] == result.last.loss and found[4, "eval_loss"] == result.evaluation.eval_loss
         assert found[4, "eval_shuffled"] == result.evaluation.eval_shuffled
+    assert begun[1]["id"] is None
+    run(config, store, tmp_path / "run", resume=True)  # the same run on the page, too
+    assert begun[3]["id"] == Seen.id
 
 
 @pytest.mark.parametrize(("name", "library"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
@@ -138,7 +142,7 @@ def test_a_missing_library_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(RunError, match=f"pip install {library}"):
-        run(settings(report_to=(name,), iters=1), store, tmp_path / "run")
+        run(settings(report_to=(name,), iters=1), store, tmp_path / "run", dry_run=True)
     with pytest.raises(RunError, match="report_to is mlflow; expected tensorboard or wandb"):
         settings(report_to=("mlflow",))
 

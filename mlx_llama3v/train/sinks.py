@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 from mlx_llama3v.errors import RunError
+from mlx_llama3v.tensors import write_text
 from mlx_llama3v.train.report import Evaluation, Progress
+
+_LIBRARIES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+_WANDB_ID = "wandb-id.txt"
 
 
 class _Sink(Protocol):
@@ -16,11 +21,20 @@ class _Sink(Protocol):
     def close(self) -> None: ...
 
 
+def require(names: Iterable[str]) -> None:
+    """Raise RunError where the library of one of these is missing."""
+    for name in names:
+        try:
+            import_module(_LIBRARIES[name])
+        except ImportError:
+            raise RunError(f"report_to {name} needs its library; pip install {_LIBRARIES[name]}.") from None
+
+
 class Sinks:
     """All that a run reports to."""
 
     def __init__(self, names: Iterable[str], run_dir: Path, config: dict[str, Any]) -> None:
-        """`names` as in TrainConfig.report_to. Raises RunError where a library is missing."""
+        """`names` as in TrainConfig.report_to, which `require` has passed."""
         kinds: dict[str, Callable[[Path, dict[str, Any]], _Sink]] = {"tensorboard": _TensorBoard, "wandb": _Wandb}
         self._sinks: list[_Sink] = [kinds[name](run_dir, config) for name in names]
 
@@ -41,12 +55,8 @@ class _TensorBoard:
     """Event files in RUN/tensorboard; a resumed run adds one."""
 
     def __init__(self, run_dir: Path, config: dict[str, Any]) -> None:
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise RunError(
-                "report_to tensorboard needs a library that writes its files; pip install tensorboardX."
-            ) from None
+        from tensorboardX import SummaryWriter
+
         self._writer = SummaryWriter(str(run_dir / "tensorboard"))
 
     def add(self, step: int, values: dict[str, float]) -> None:
@@ -61,11 +71,12 @@ class _Wandb:
     """One W&B run, which a resumed one goes on with; WANDB_MODE, WANDB_PROJECT and so on count as usual."""
 
     def __init__(self, run_dir: Path, config: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise RunError("report_to wandb needs its library; pip install wandb.") from None
-        self._run = wandb.init(dir=str(run_dir), name=run_dir.name, config=config, resume="allow")
+        import wandb
+
+        file = run_dir / _WANDB_ID
+        known = file.read_text().strip() if file.is_file() else None
+        self._run = wandb.init(dir=str(run_dir), name=run_dir.name, config=config, id=known, resume="allow")
+        write_text(file, f"{self._run.id}\n")
 
     def add(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)

@@ -43,7 +43,7 @@ from mlx_llama3v.train.memory import job_of, longest_row
 from mlx_llama3v.train.optim import adamw, learning_rate
 from mlx_llama3v.train.ranks import all_sum, gather, require_agreement
 from mlx_llama3v.train.report import METRICS, Callbacks, Evaluation, Metrics, Progress, Skipped, Start, Window, plot
-from mlx_llama3v.train.sinks import Sinks
+from mlx_llama3v.train.sinks import Sinks, require
 from mlx_llama3v.train.step import Step, add
 
 _HOPELESS = 20  # steps in a row that are no number: then it is not the rows
@@ -97,6 +97,7 @@ def train(
         StoreError: embeddings that do not fit the model, a damaged shard.
     """
     checkpointing.check_place(Path(run_dir))
+    require(config.report_to)
     run = _Run(config.resolved(), model, tokens, store, records, Path(run_dir), callbacks or Callbacks())
     if dry_run:
         return run.dry(resume)
