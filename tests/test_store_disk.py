@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from mlx_llama3v.embeddings import shard
+from mlx_llama3v.embeddings.tools import prune
 from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.errors import StoreError
 from tests.test_store import COUNT, FINGERPRINT, contents, expected, files, fill, picture, sha
@@ -62,6 +63,22 @@ def test_a_full_disk_ends_the_block_with_that_one_error(tmp_path: Path, monkeypa
     assert tries == [1]  # the end of the block does not try again
     fill(tmp_path, range(1))
     assert contents(tmp_path) == expected(range(1))
+
+
+def test_prune_makes_room_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock holds without a text in it; what was begun and what loses all goes before anything is written."""
+    fill(tmp_path, range(12))
+    (tmp_path / ".shard-00009.safetensors.1.tmp").touch()
+    before, whole = files(tmp_path), {name: contents(tmp_path)[name] for name in ("0.jpg", "11.jpg")}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full_disk)
+        patch.setattr(shard, "flush", full_disk)
+        with pytest.raises(StoreError, match="No space left on device"):
+            prune(tmp_path, whole)
+    assert len(files(tmp_path)) == 3 < len(before) - 1  # the manifest, and the two that lose a part
+    assert {name: contents(tmp_path)[name] for name in whole} == whole
+    prune(tmp_path, whole)
+    assert contents(tmp_path) == whole
 
 
 def test_an_exception_in_the_block_keeps_what_is_complete(tmp_path: Path) -> None:

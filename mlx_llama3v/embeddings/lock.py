@@ -13,6 +13,7 @@ import os
 import platform
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,6 @@ class Lock:
         if self._descriptor >= 0:
             try:
                 self._write(b"")
-            except OSError:
-                pass  # a disk that is gone or read-only now: the system's lock ends all the same
             finally:
                 os.close(self._descriptor)
                 self._descriptor = -1
@@ -72,9 +71,10 @@ class Lock:
         return self._descriptor >= 0
 
     def _write(self, text: bytes) -> None:
-        os.ftruncate(self._descriptor, 0)
-        if text:
-            os.pwrite(self._descriptor, text, 0)
+        with suppress(OSError):  # a disk that is full, gone or read-only now: the system's lock holds and ends as well
+            os.ftruncate(self._descriptor, 0)
+            if text:
+                os.pwrite(self._descriptor, text, 0)
 
 
 def _read(descriptor: int) -> dict[str, Any]:

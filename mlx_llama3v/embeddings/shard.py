@@ -319,3 +319,10 @@ def _view(block: Any) -> memoryview:
 def damaged(path: Path, why: str) -> DamagedError:
     """The error about a shard whose bytes are not what was written."""
     return DamagedError(f"{path} is damaged: {why}")
+
+
+def clear_leftovers(store: Path) -> None:
+    """Delete what a killed writer had begun (`write_atomic`). For who holds the store's lock: none is alive."""
+    for leftover in store.glob(".*.tmp"):
+        with suppress(OSError):  # where that is refused, writing will be, too
+            leftover.unlink()

@@ -9,7 +9,7 @@ from typing import Any
 from mlx_llama3v.config import Encoded, SliceLayout
 from mlx_llama3v.embeddings.damage import Losses, note_damage
 from mlx_llama3v.embeddings.lock import Lock
-from mlx_llama3v.embeddings.shard import Picture, Shard, verify_shard, write_shard
+from mlx_llama3v.embeddings.shard import Picture, Shard, clear_leftovers, verify_shard, write_shard
 from mlx_llama3v.embeddings.store import Manifest, Store, open_shard, read_failures, shard_files, write_failures
 from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.errors import StoreError
@@ -40,14 +40,16 @@ def verify(path: Path, progress: Progress | None = None) -> dict[str, str]:
 def prune(path: Path, keep: Collection[str], progress: Progress | None = None) -> tuple[int, int]:
     """Keep only the pictures that the names of `keep` stand for; returns (pictures dropped, bytes freed).
 
-    A shard that loses something is written anew under the next number before the old one is deleted, so that at
-    most one shard's room is needed and a kill leaves a picture twice at worst, which the next run clears.
+    Shards that lose all are deleted first: the disk may be full. One that loses a part is written anew under the next
+    number before the old one is deleted, so that at most one shard's room is needed and a kill leaves a picture twice
+    at worst, which the next run clears.
     Raises StoreError: no store there, damaged, in use, none of its pictures named (a wrong data file would empty it),
     or the disk refuses.
     """
     Manifest.read(path)  # a directory that is no store gets no lock file
     lock = Lock(path)
     try:
+        clear_leftovers(path)
         store = Store(path)
         wanted = set(keep)
         shas = {sha for shard in store.shards for name, sha in shard.index.names() if name in wanted}
@@ -59,30 +61,38 @@ def prune(path: Path, keep: Collection[str], progress: Progress | None = None) -
         number = max([number for number, _ in shard_files(path)], default=-1) + 1
         before = store.info()
         seen: set[str] = set()
-        for done, shard in enumerate(store.shards):
-            number += _prune_shard(shard, number, store.manifest, wanted, shas, seen)
+        left = [(shard, _kept(shard, shas, seen)) for shard in store.shards]
+        left.sort(key=lambda found: bool(found[1] or _names(found[0], wanted)))
+        for done, (shard, kept) in enumerate(left):
+            number += _prune_shard(shard, number, store.manifest, kept, _names(shard, wanted))
             if progress is not None:
                 progress(done + 1, len(store.shards))
-        left = {name: why for name, why in read_failures(path).items() if name in wanted}
-        if left != store.failures:
-            write_failures(path, left)
+        failures = {name: why for name, why in read_failures(path).items() if name in wanted}
+        if failures != store.failures:
+            write_failures(path, failures)
         after = Store(path).info()
         return before["images"] - after["images"], before["bytes"] - after["bytes"]
     finally:
         lock.release()
 
 
-def _prune_shard(
-    shard: Shard, number: int, manifest: Manifest, wanted: set[str], shas: set[str], seen: set[str]
-) -> bool:
-    """Whether a shard was written in the place of this one."""
+def _kept(shard: Shard, shas: set[str], seen: set[str]) -> list[int]:
+    """Which pictures stay in a shard: each in the first one that has it."""
     kept = []
     for i in range(shard.index.pictures):
         sha = shard.index.sha(i)
         if sha in shas and sha not in seen:
             kept.append(i)
             seen.add(sha)
-    names = {name: sha for name, sha in shard.index.names() if name in wanted}
+    return kept
+
+
+def _names(shard: Shard, wanted: set[str]) -> dict[str, str]:
+    return {name: sha for name, sha in shard.index.names() if name in wanted}
+
+
+def _prune_shard(shard: Shard, number: int, manifest: Manifest, kept: list[int], names: Mapping[str, str]) -> bool:
+    """Whether a shard was written in the place of this one."""
     if len(kept) == shard.index.pictures and len(names) == shard.index.name_count:
         return False
     if names or kept:

@@ -21,7 +21,7 @@ from mlx_llama3v.embeddings.codec import Fit, fit_codec, get_codec
 from mlx_llama3v.embeddings.damage import Losses, set_damaged_aside
 from mlx_llama3v.embeddings.form import Made, choose_form
 from mlx_llama3v.embeddings.lock import Lock
-from mlx_llama3v.embeddings.shard import Parts, Picture, Shard, write_shard
+from mlx_llama3v.embeddings.shard import Parts, Picture, Shard, clear_leftovers, write_shard
 from mlx_llama3v.embeddings.store import (
     MANIFEST,
     Coded,
@@ -105,8 +105,7 @@ class StoreWriter:
             self.manifest.check(self.path, fingerprint=wanted.fingerprint, codec=wanted.codec, post=wanted.post)
         else:
             self.manifest.write(self.path)
-        for leftover in self.path.glob(".*.tmp"):  # of a writer that was killed; the lock says none is alive
-            leftover.unlink(missing_ok=True)
+        clear_leftovers(self.path)
         set_damaged_aside(self.path, self.manifest, losses, self.path)
         store = Store(self.path)
         self._index, self._width, self._failures = store.index, store.width, dict(store.failures)
