@@ -96,6 +96,7 @@ def test_other_ways_to_hold_pictures(tmp_path: Path, form: str) -> None:
         "struct": table([{"image": picture(b"x"), "messages": talk("hi", "ho")}], PICTURE, "image"),
         "binary": table([{"image": b"x", "messages": talk("hi", "ho")}], pa.binary(), "image"),
         "binaries": table([{"images": [b"x"], "messages": talk("hi", "ho")}], pa.list_(pa.binary())),
+        "nulls": table([{"images": [picture(b"x")], "messages": talk("hi", "ho")}, {"images": None}]),
         "large": table([{"images": [picture(b"x")], "messages": talk("hi", "ho")}], pa.large_list(PICTURE)),
     }
     for kind, values in made.items():
@@ -108,6 +109,24 @@ def test_other_ways_to_hold_pictures(tmp_path: Path, form: str) -> None:
         data = read_data(path)
         assert list(contents(data).values()) == [b"x"], kind
         assert data.records[0].images == data.names and data.names[0].endswith("#0.0")
+
+
+@pytest.mark.parametrize("form", ["parquet", "saved"])
+def test_a_column_that_holds_no_pictures_is_named_once(tmp_path: Path, form: str) -> None:
+    for n, (cell, kind) in enumerate([
+        ([[picture(b"x")]], pa.list_(pa.list_(PICTURE))),
+        (7, pa.int64()),
+        ([{"url": "a.jpg"}], pa.list_(pa.struct([("url", pa.string())]))),
+    ]):  # fmt: skip
+        values, path = table([{"images": cell, "messages": talk("hi", "ho")}], kind), tmp_path / f"{n}.parquet"
+        if form == "parquet":
+            pq.write_table(values, path)
+        else:
+            path = save(path.with_suffix(""), values)
+        with pytest.raises(
+            DataError, match=r" has .*(list|int64).* in its column 'images'; expected bytes, names of f"
+        ):
+            read_data(path)
 
 
 @pytest.mark.parametrize("mixed", [False, True])

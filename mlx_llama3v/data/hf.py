@@ -76,11 +76,17 @@ def read_table(path: Path, name: str) -> Table:
     found = Table()
     with _reading(path):
         opened = _opened(path)
-        columns = opened.schema.names if path.suffix == ".arrow" else opened.schema_arrow.names
+        schema = opened.schema if path.suffix == ".arrow" else opened.schema_arrow
+        columns = schema.names
         pictures = next((column for column in _IMAGES if column in columns), None)
         talk = [column for column in _TALK if column in columns]
         if pictures is None and not {"messages", "conversations"} & set(talk):
             raise DataError(f"{path} has the columns {', '.join(columns):.80}; expected 'images' and 'messages'.")
+        if pictures is not None and not _holds_pictures(kind := schema.field(pictures).type):
+            raise DataError(
+                f"{path} has {kind!s:.80} in its column {pictures!r}; expected bytes, names of files, structs with "
+                "'bytes' or 'path', or lists of these."
+            )
         names: Iterator[list[Any]] = iter(()) if pictures is None else _row_pictures(path, opened, pictures)
         for row, values in enumerate(_rows(opened, talk)):
             listed = []
@@ -150,6 +156,19 @@ def _opened(path: Path) -> Any:
     if path.suffix == ".arrow":
         return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     return pq.ParquetFile(path, memory_map=True, pre_buffer=False)
+
+
+def _holds_pictures(kind: Any) -> bool:
+    """Whether `_pictures` knows cells of that pyarrow type."""
+    from pyarrow import types
+
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    if types.is_struct(kind):
+        return bool({"bytes", "path"} & {field.name for field in kind})
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return not types.is_nested(kind) and any(word in str(kind) for word in ("binary", "string", "null"))
 
 
 def _rows(opened: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
