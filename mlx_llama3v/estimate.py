@@ -18,12 +18,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mlx_llama3v.config import ImageConfig, ProjectorConfig, SliceLayout, TilingConfig, VisionConfig
+from mlx_llama3v.config import Encoded, ImageConfig, ProjectorConfig, SliceLayout, TilingConfig, VisionConfig
 from mlx_llama3v.data.hf import TableCell
 from mlx_llama3v.data.records import Problem
 from mlx_llama3v.data.sources import FilePart
 from mlx_llama3v.embeddings.codec import CODECS, get_codec
-from mlx_llama3v.embeddings.sample import evenly
+from mlx_llama3v.embeddings.sample import check_names, evenly
+from mlx_llama3v.embeddings.store import MANIFEST, Store
+from mlx_llama3v.embeddings.writer import Post
 from mlx_llama3v.errors import ImageError, StoreError, size
 from mlx_llama3v.source import Source
 from mlx_llama3v.vision.encode import Encoder
@@ -120,6 +122,20 @@ class Estimate:
         return values | volume | {"fits": fits} | left_out
 
 
+def missing(
+    pictures: Mapping[str, Source], store: Path, encoder: Encoder, codec: str, post: Post | None
+) -> dict[str, Source]:
+    """What `embed` would encode: all but what the store, if it is there, holds. Raises StoreError where `embed` would:
+    made with other settings, other pictures of these names."""
+    if not (store / MANIFEST).exists():
+        return dict(pictures)
+    there, described = Store(store), {} if post is None else post.describe()
+    there.manifest.check(store, fingerprint=encoder.fingerprint(), codec=codec, post=described)
+    held = {name: source for name, source in pictures.items() if name in there}
+    check_names(store, [*held.items()], there.sha_of)
+    return {name: source for name, source in pictures.items() if name not in held}
+
+
 def scan(
     pictures: Mapping[str, Source],
     config: ImageConfig,
@@ -202,9 +218,15 @@ def most_bytes(pictures: int, form: Form, codec: str) -> int:
 
 
 def measure(
-    pictures: Iterable[Source], encoder: Encoder, batch_size: int, *, batches: int = 3, limit_seconds: float = 20.0
+    pictures: Iterable[Source],
+    encoder: Encoder,
+    batch_size: int,
+    *,
+    post: Post | None = None,
+    batches: int = 3,
+    limit_seconds: float = 20.0,
 ) -> Speed:
-    """Prepare and encode a few batches of real pictures; unreadable ones are passed over.
+    """Prepare and encode a few batches of real pictures, `post` included; unreadable ones are passed over.
 
     One batch warms up (kernels, caches) and is not counted, unless it is all there is or takes too long for more.
     """
@@ -226,7 +248,10 @@ def measure(
 
     def timed(chosen: list[Any]) -> float:
         started = time.perf_counter()
-        encoder.encode(chosen, batch_size)
+        made = encoder.encode(chosen, batch_size)
+        if post is not None:
+            for (grid, _), values in zip(chosen, made, strict=True):
+                post(Encoded(SliceLayout(grid), values))  # a slice as a picture of its own
         return time.perf_counter() - started
 
     chosen = slices[:batch_size]

@@ -91,15 +91,15 @@ def estimate_data(
     """What `embed_data` with these settings would cost. Reads headers, and encodes a few batches. Raises UserError."""
     read = read_data(data, allow_outside=allow_outside)
     pictures = read.pictures(image_folder, allow_outside=allow_outside)
-    have = frozenset(Store(output).names) if (output / MANIFEST).exists() else frozenset()
-    left = {name: source for name, source in pictures.items() if name not in have}
+    encoder = load_encoder(model, max_slices=max_slices, offline=offline)
     config = load_config(resolve(model, offline=offline))
+    post = load_post(config, pool, after_projector)
+    left = estimate.missing(pictures, output, encoder, codec, post)
     form = _form(config, max_slices, pool, after_projector)
     found = estimate.scan(left, config.image, progress=progress)
     volume = estimate.volume(found.sizes, form)
     readable = [source for name, source in left.items() if name not in found.unreadable]
-    encoder = load_encoder(model, max_slices=max_slices, offline=offline)
-    speed = estimate.measure(evenly(readable, 4 * batch_size), encoder, batch_size)
+    speed = estimate.measure(evenly(readable, 4 * batch_size), encoder, batch_size, post=post)
     free = estimate.free_bytes(output)
     fits = volume.bytes[codec] <= free
     return Estimate(

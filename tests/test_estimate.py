@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from PIL import Image
 from mlx_llama3v import errors, estimate
 from mlx_llama3v.ahead import Ahead, AheadConfig
 from mlx_llama3v.checkpoint import load_config
-from mlx_llama3v.config import ImageConfig, ProjectorConfig, TilingConfig, VisionConfig
+from mlx_llama3v.config import Encoded, ImageConfig, ProjectorConfig, TilingConfig, VisionConfig
 from mlx_llama3v.data.dataset import read_data
 from mlx_llama3v.data.hf import TableCell
 from mlx_llama3v.data.sources import FilePart, Refused
@@ -28,6 +29,7 @@ from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.errors import ImageError, StoreError
 from mlx_llama3v.estimate import Form
 from mlx_llama3v.stages import _form, embed_data, estimate_data
+from mlx_llama3v.vision.pool import Pool
 from mlx_llama3v.weights import TINY
 from mlx_llama3v.weights.convert import convert
 from mlx_llama3v.weights.vlm import convert_vlm
@@ -121,8 +123,13 @@ def test_known_numbers() -> None:
     "options",
     [{"codec": "float16"}, {"codec": "int4"}, {"codec": "int8", "pool": 2}, {"codec": "int4", "max_slices": 0}],
 )
-def test_the_estimate_equals_the_store(model: Path, photos: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_the_estimate_equals_the_store(
+    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    pool, pooled = Pool.__call__, list[Encoded]()
+    monkeypatch.setattr(Pool, "__call__", lambda self, encoded: pooled.append(encoded) or pool(self, encoded))
     said = estimate_data(model, photos, tmp_path / "store", **options)
+    assert bool(pooled) is ("pool" in options)  # its time counts
     assert not (tmp_path / "store").exists()
     assert set(said.unreadable) == {"broken.jpg"} and said.speed.encode_seconds > 0 and said.seconds > 0
     assert said.volume.pictures == 6 and said.reused == 0
@@ -139,8 +146,24 @@ def test_the_estimate_equals_the_store(model: Path, photos: Path, tmp_path: Path
     assert again.reused == 6 and again.volume.pictures == 0 and again.seconds == 0
 
 
+def test_what_embed_refuses_the_estimate_refuses(model: Path, photos: Path, tmp_path: Path) -> None:
+    embed_data(model, photos, tmp_path / "store", codec="int8")
+    for n in range(6):
+        (tmp_path / "others").mkdir(exist_ok=True)
+        (tmp_path / "others" / f"{n}.jpg").write_bytes(saved((64, 64), n + 90))
+    changes: list[dict[str, Any]] = [{"codec": "int4"}, {"max_slices": 0}, {"pool": 2}, {"data": tmp_path / "others"}]
+    for change in changes:
+        options = {"model": model, "data": photos, "output": tmp_path / "store", "codec": "int8", **change}
+        said = []
+        for ask in (embed_data, estimate_data):
+            with pytest.raises(StoreError) as caught:
+                ask(**options)
+            said.append(str(caught.value))
+        assert said[0] == said[1], change
+
+
 def test_the_index_takes_no_more_than_is_said(tmp_path: Path) -> None:
-    from mlx_llama3v.config import Encoded, SliceLayout
+    from mlx_llama3v.config import SliceLayout
     from mlx_llama3v.embeddings.writer import StoreWriter
 
     layout = SliceLayout((1, 1))
@@ -285,7 +308,7 @@ class _Encoder:
 
     def encode(self, slices: list[Any], batch_size: int) -> list[Any]:
         self.batches.append(len(slices))
-        return []
+        return [np.zeros((len(patches), 8)) for _, patches in slices]
 
 
 def test_the_measurement_warms_up_and_passes_over_what_is_broken(tmp_path: Path) -> None:
@@ -297,6 +320,9 @@ def test_the_measurement_warms_up_and_passes_over_what_is_broken(tmp_path: Path)
     encoder = _Encoder()
     assert estimate.measure([good], encoder, 8).slices == 2 and encoder.batches == [2, 2]
     assert estimate.measure([bad], encoder, 8) == estimate.Speed()
+    slow: Any = lambda encoded: time.sleep(0.001)  # noqa: E731
+    speed = estimate.measure([good], encoder, 8, post=slow)
+    assert speed.slice_seconds > 0.001 and speed.encode_seconds == pytest.approx(speed.slice_seconds / 3)
     encoder = _Encoder()
     assert estimate.measure([good] * 9, encoder, 2, limit_seconds=0.0).slices == 2 and encoder.batches == [2]
 
