@@ -137,6 +137,21 @@ def test_equal_keys_of_two_shards_are_two_pictures(tmp_path: Path) -> None:
     assert [problem.where for problem in more.problems] == [str(tmp_path / f"shard-00{n}.tar") for n in (2, 3)]
 
 
+def test_of_two_pictures_of_one_name_the_first_is_used_and_the_other_told_of(tmp_path: Path) -> None:
+    """As `tar -r` leaves them: one would vanish, or get the other's caption."""
+    members = [("a.jpg", "one"), ("a.jpg", "two"), ("a.txt", "first"), ("b.jpg", "b")]
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, content in [*members, ("a.jpg", "three"), ("a.txt", "second")]:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content.encode()))
+    data = read_data(tmp_path / "s.tar")
+    assert contents(data) == {"s.tar/a.jpg": b"one", "s.tar/b.jpg": b"b"}
+    assert [record.messages[-1].text for record in data.records] == ["first"]
+    said = "s.tar: a.jpg: a picture of that name stands before it, which is used"
+    assert [*map(str, data.problems)] == [said, said]
+
+
 SAMPLES = {
     f"{n:04d}.{kind}": bytes([n]) * 700 if kind == "jpg" else f"text {n}" for n in range(5) for kind in ("jpg", "txt")
 }

@@ -50,7 +50,7 @@ class Shard:
 def read_shard(path: Path, name: str) -> Shard:
     """Read one shard; its pictures are called `name`/member. Raises DataError where nothing of it is a tar file."""
     shard = Shard()
-    for sample in _samples(path, name, shard.problems):
+    for sample in _samples(path, name, shard):
         shard.pictures.update(sample.pictures)
         row = _row(sample, f"{name}: {sample.key}", shard.problems)
         if row is not None:
@@ -62,23 +62,28 @@ def read_shard(path: Path, name: str) -> Shard:
     return shard
 
 
-def _samples(path: Path, name: str, problems: list[Problem]) -> Iterator[_Sample]:
-    """Members of one key that follow each other."""
+def _samples(path: Path, name: str, before: Shard) -> Iterator[_Sample]:
+    """Members of one key that follow each other. Of pictures of one name the first is used, wherever they stand."""
+    problems = before.problems
     for _, group in groupby(_members(path, name, problems), lambda found: _first_key(found[0])):
         members = list(group)
         key = _stem if _points_in_names(members) else _first_key
         samples: dict[str, _Sample] = {}
+        again = set()
         for member, place, content in members:
             sample = samples.setdefault(key(member), _Sample(key(member)))
             ending = _ending(member)
             kind = "json" if ending == ".json" else "txt"
-            if content is None:
+            if f"{name}/{member}" in sample.pictures or f"{name}/{member}" in before.pictures:
+                problems.append(Problem(f"{name}: {member}", "a picture of that name stands before it, which is used"))
+                again.add(sample.key)
+            elif content is None:
                 sample.pictures[f"{name}/{member}"] = FilePart(path, *place, member)
             elif sample.endings.get(kind) == ending:
                 problems.append(Problem(f"{name}: {member}", f"its sample has a {ending} before it, which is used"))
             else:
                 sample.texts[kind], sample.endings[kind] = content, ending
-        yield from samples.values()
+        yield from (sample for sample in samples.values() if sample.pictures or sample.key not in again)
 
 
 def _points_in_names(members: Sequence[_Member]) -> bool:
