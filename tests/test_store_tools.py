@@ -139,11 +139,16 @@ def test_merge_holds_each_picture_once(tmp_path: Path) -> None:
     fill(tmp_path / "b", range(5, 14))
     with StoreWriter(tmp_path / "b", FINGERPRINT) as writer:
         writer.add("0.jpg", sha(50), picture(50))  # another picture under a name of a
+        writer.add("2.jpg", sha(52), picture(52))  # and one that has a name of its own, too
+        writer.flush()
+        writer.alias("two.jpg", sha(52))
         writer.fail("bad.jpg", "why")
         writer.fail("1.jpg", "not there")
     counts = tools.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
-    assert counts == {"images": 15, "duplicates": 3, "conflicts": 1}
-    assert contents(tmp_path / "c") == expected(range(14))
+    assert counts == {"images": 15, "duplicates": 3, "conflicts": 2}
+    two = expected(range(52, 53))["52.jpg"]
+    assert contents(tmp_path / "c") == expected(range(14)) | {"two.jpg": two}
+    assert Store(tmp_path / "c").info()["images"] == 15  # what only "0.jpg" stood for is not among them
     assert Store(tmp_path / "c").failures == {"bad.jpg": "why"}
     assert tools.merge([tmp_path / "b"], tmp_path / "c")["images"] == 0
     with pytest.raises(StoreError, match="is one of the stores to merge"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def merge(
 ) -> dict[str, int]:
     """Join stores of the same encoder and codec into the store `output`, each picture once: codes are copied as
     they are. Returns {"images": added, "duplicates": left out, "conflicts": names that stand for another picture in
-    an earlier store, which keeps them}.
+    an earlier store, which keeps them}. A picture that has no other name is not copied.
 
     What `output` holds stays, and a run that was interrupted goes on. With `move` the sources lose every shard that
     has arrived, and a shard of which all is new is renamed, not copied. `losses` takes what `output` lost to damaged
@@ -136,32 +136,52 @@ def merge(
         store.manifest.check(store.path, fingerprint=first.fingerprint, codec=first.codec, post=first.post)
     if any(store.path.resolve() == output.resolve() for store in stores):
         raise StoreError(f"{output} is one of the stores to merge; give another directory for the result.")
-    shards = [shard for store in stores for shard in store.shards]
+    total = sum(len(store.shards) for store in stores)
     counts = {"images": 0, "duplicates": 0, "conflicts": 0}
     with StoreWriter(output, first.fingerprint, first.codec, post=_Described(first.post), losses=losses) as writer:
         writer.adopt(first.fidelity)
-        for number, shard in enumerate(shards):
-            fresh = [i for i in range(shard.index.pictures) if not writer.has_hash(shard.index.sha(i))]
-            names = dict(shard.index.names())
-            counts["conflicts"] += sum(writer.sha_of(name) not in (None, sha) for name, sha in names.items())
-            new = {name: sha for name, sha in names.items() if not writer.has(name)}
-            if move and len(fresh) == shard.index.pictures and len(new) == len(names):
-                writer.take(shard)
-            else:
-                if fresh and not move:
-                    verify_shard(shard.path)  # its codes get a checksum of their own in the new shard
-                writer.copy([picture(shard, i) for i in fresh], new, shard.channels)
-                if move:
-                    shard.path.unlink(missing_ok=True)
-            counts["images"] += len(fresh)
-            counts["duplicates"] += shard.index.pictures - len(fresh)
-            if progress is not None:
-                progress(number + 1, len(shards))
+        done = 0
+        for store in stores:
+            nameless = _nameless(store, writer, counts)
+            for shard in store.shards:
+                _merge_shard(shard, nameless, writer, move, counts)
+                done += 1
+                if progress is not None:
+                    progress(done, total)
         for store in stores:
             for name, why in store.failures.items():
                 if not writer.has(name):
                     writer.fail(name, why)
     return counts
+
+
+def _nameless(store: Store, writer: StoreWriter, counts: dict[str, int]) -> set[str]:
+    """Pictures whose names all stand for others in what was merged before: nothing could read them."""
+
+    def names() -> Iterator[tuple[str, str]]:
+        return (pair for shard in store.shards for pair in shard.index.names())
+
+    clashes = [sha for name, sha in names() if writer.sha_of(name) not in (None, sha)]
+    counts["conflicts"] += len(clashes)
+    found = set(clashes)
+    return found - {sha for name, sha in names() if sha in found and writer.sha_of(name) in (None, sha)}
+
+
+def _merge_shard(shard: Shard, nameless: set[str], writer: StoreWriter, move: bool, counts: dict[str, int]) -> None:
+    """What is new of a shard; with `move` it is gone then."""
+    shas = [shard.index.sha(i) for i in range(shard.index.pictures)]
+    fresh = [i for i, sha in enumerate(shas) if sha not in nameless and not writer.has_hash(sha)]
+    counts["images"] += len(fresh)
+    counts["duplicates"] += sum(map(writer.has_hash, shas))
+    new = {name: sha for name, sha in shard.index.names() if not writer.has(name)}
+    if move and len(fresh) == len(shas) and len(new) == shard.index.name_count:
+        writer.take(shard)
+        return
+    if fresh and not move:
+        verify_shard(shard.path)  # its codes get a checksum of their own in the new shard
+    writer.copy([picture(shard, i) for i in fresh], new, shard.channels)
+    if move:
+        shard.path.unlink(missing_ok=True)
 
 
 class _Described:
