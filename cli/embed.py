@@ -40,7 +40,7 @@ class Reading:
         None, "Run whose projector's output is stored instead, for stage sft."
     )
     batch_size: int = knob(16, "Slices a forward pass.", min=1)
-    workers: int = knob(2, "Threads that open and cut pictures.", min=1)
+    workers: int = knob(2, "Threads that open and cut pictures; each holds a whole one in memory.", min=1)
 
 
 def register(app: typer.Typer) -> None:
