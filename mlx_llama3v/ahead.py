@@ -3,7 +3,9 @@
 The parent knows the layout of every picture from its header, so rows, lengths and order are as with a full store; it
 writes down the reads of the whole run, starts the encoder, and reads through a RollingStore. The child (`python -m
 mlx_llama3v.ahead DIRECTORY`) encodes them in that order within the budget; it ends when all is done or when its
-parent is gone. Nothing needs to survive: a resumed run starts a new child at its own turn.
+parent is gone. A resumed run starts a new child at its own turn; of the run before it takes what the codec was fitted
+to, and the pictures of held-out rows. Nothing is written before the trainer asks for these (RollingStore.hold), or for
+the first batch: it has the run directory for itself then.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -40,7 +43,7 @@ from mlx_llama3v.hub import resolve
 from mlx_llama3v.vision.encode import Encoder
 from mlx_llama3v.vision.tiling import plan
 
-SPEC, READS, LOG, CHANNELS = "spec.json", "reads.jsonl", "encoder.log", "channels.safetensors"
+SPEC, READS, LOG, CHANNELS, HELD = "spec.json", "reads.jsonl", "encoder.log", "channels.safetensors", "held-out"
 _ROLLING = "rolling-"
 _CHILD = "from mlx_llama3v.platform import without_torch as f; f(); from mlx_llama3v.ahead import main; main()"
 _CHUNK = 2048  # reads that are handed to the pipeline at once
@@ -64,24 +67,20 @@ class Ahead:
     """The encoder's process, and the store that it fills. Use it as a context manager: the process ends with it."""
 
     def __init__(
-        self,
-        directory: Path,
-        config: AheadConfig,
-        images: Mapping[str, Path],
-        always: Sequence[str] = (),
-        *,
-        resume: bool = False,
+        self, directory: Path, config: AheadConfig, images: Mapping[str, Path], *, resume: bool = False
     ) -> None:
-        """Read the header of every picture; embed those of `always` (read at any time) at once, into `held-out`.
+        """Read the header of every picture; write nothing.
 
-        `resume`: read the same codes as the run before. Raises StoreError where not one picture can be read, or the
-        directory cannot be written.
+        `resume`: read the same codes as the run before. Raises StoreError where not one picture can be read.
         """
         self._directory, self._config, self._images = directory, config, images
+        self._fitted = resume  # whether a codec that was fitted there is this run's
         self._process: subprocess.Popen[bytes] | None = None
         model = load_config(resolve(config.model, offline=config.offline))
-        encoder = load_encoder(config.model, max_slices=config.max_slices, offline=config.offline)
-        post = load_post(model, config.pool, Path(config.after_projector) if config.after_projector else None)
+        encoder = self._encoder
+        self._post = post = load_post(
+            model, config.pool, Path(config.after_projector) if config.after_projector else None
+        )
         layouts, problems = scan(images, encoder)
         if problems and not layouts:
             why = next(iter(problems.values()))
@@ -90,37 +89,44 @@ class Ahead:
                 "--image-folder says where names in the data file start."
             )
         describe = plain(post.describe()) if post is not None else {}
-        width = model.hidden_size if "projector" in describe else model.projector_config.in_dim
+        self._width = model.hidden_size if "projector" in describe else model.projector_config.in_dim
         if post is not None:
             layouts = {name: post.layout(layout) for name, layout in layouts.items()}
-        self._check_budget(layouts, width)
-        directory.mkdir(parents=True, exist_ok=True)
-        if not (resume and (directory / CHANNELS).exists()):
-            codec, known = get_codec(config.codec), [images[name] for name in layouts]
-            fit = fit_sample(codec, known, encoder, post, batch_size=config.batch_size) if codec.has_channels else None
-            # Where no picture of the sample can be read, any channels will do.
-            channels = fit.channels if fit else codec.fit(np.zeros((1, width), np.float32))
-            write_atomic(directory / CHANNELS, [save(dict(channels))])
-        held = None
-        if always:
-            with StoreWriter(directory / "held-out", encoder.fingerprint(), config.codec, post=post) as writer:
-                if not writer.fitted:
-                    writer.fit(Fit(load((directory / CHANNELS).read_bytes()), {}))
-                embed_images([(name, images[name]) for name in always], encoder, writer, batch_size=config.batch_size)
-            held = Store(directory / "held-out")
-            for name, why in held.failures.items():  # with a good header, or it would have no layout
-                problems[name] = why
-                layouts.pop(name, None)
+        self._check_budget(layouts, self._width)
+        manifest = Manifest(encoder.fingerprint(), config.codec, describe)
         self.store = RollingStore(
-            directory,
-            Manifest(encoder.fingerprint(), config.codec, describe),
-            width,
-            layouts,
-            problems,
-            held,
-            self._check,
-            self._start,
+            directory, manifest, self._width, layouts, problems, self._hold, self._check, self._start
         )
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        """Until the other process has its own: the training needs the memory."""
+        return load_encoder(self._config.model, max_slices=self._config.max_slices, offline=self._config.offline)
+
+    def _hold(self, names: Sequence[str]) -> Store:
+        """The pictures that are read at any time, in a store of their own. Raises StoreError."""
+        self._fit()
+        path, size = self._directory / HELD, self._config.batch_size
+        with StoreWriter(path, self._encoder.fingerprint(), self._config.codec, post=self._post) as writer:
+            if not writer.fitted:
+                writer.fit(Fit(load((self._directory / CHANNELS).read_bytes()), {}))
+            embed_images([(name, self._images[name]) for name in names], self._encoder, writer, batch_size=size)
+        return Store(path)
+
+    def _fit(self) -> None:
+        """Fit the codec, once a run, to a sample of its pictures; what an earlier run made with its own one goes."""
+        file, codec = self._directory / CHANNELS, get_codec(self._config.codec)
+        if self._fitted and file.exists():
+            return
+        self._directory.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)  # first: without it, a run that is killed here leaves nothing to go on with
+        shutil.rmtree(self._directory / HELD, ignore_errors=True)
+        known, size = [path for name, path in self._images.items() if name in self.store], self._config.batch_size
+        fit = fit_sample(codec, known, self._encoder, self._post, batch_size=size) if codec.has_channels else None
+        # Where no picture of the sample can be read, any channels will do.
+        channels = fit.channels if fit else codec.fit(np.zeros((1, self._width), np.float32))
+        write_atomic(file, [save(dict(channels))])
+        self._fitted = True
 
     def _check_budget(self, layouts: Mapping[str, SliceLayout], width: int) -> None:
         """Raises StoreError where not even one picture fits: training would wait for each, one after the other."""
@@ -138,6 +144,8 @@ class Ahead:
         In a new directory: the encoder of a run that was killed may live for a moment longer.
         """
         self.close()
+        self._fit()
+        vars(self).pop("_encoder", None)
         for old in self._directory.glob(f"{_ROLLING}*"):
             if not _lives(old):
                 shutil.rmtree(old, ignore_errors=True)

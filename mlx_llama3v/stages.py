@@ -37,7 +37,6 @@ from mlx_llama3v.platform import machine, peak_memory, wire_memory
 from mlx_llama3v.projected import projector_digest, stored_config
 from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.train.config import TrainConfig
-from mlx_llama3v.train.evaluate import hold_out
 from mlx_llama3v.train.report import Callbacks
 from mlx_llama3v.train.trainer import TrainResult, train
 
@@ -272,8 +271,7 @@ def train_stage(
                 raise RunError("--embed-ahead trains in one process; run `llama3v-mlx embed` first for several.")
             ahead = replace(ahead, pool=ahead.pool or stored_pool(load_config(path), projector))
             images = _files(records, image_folder)
-            always = _held_out_images(records.records, config)
-            store = stack.enter_context(Ahead(embeddings, ahead, images, always, resume=resume)).store
+            store = stack.enter_context(Ahead(embeddings, ahead, images, resume=resume)).store
         result = _train(path, store, records.records, output, config, projector, resume, callbacks, str(data), dry_run)
     unseen = tuple(Problem(name, why) for name, why in getattr(store, "blank", {}).items())  # of a RollingStore
     return replace(result, problems=(*records.problems, *result.problems), unseen=unseen)
@@ -351,12 +349,6 @@ def _take_projector(model: Llama3V, projector: Path) -> None:
             f"--projector, or take the projector alone: --projector {projector / 'projector.safetensors'}."
         )
     load_run(model, projector)
-
-
-def _held_out_images(records: Sequence[Record], config: TrainConfig) -> list[str]:
-    """Pictures that evaluations read: of the first held-out rows, and of more than are used, lest some are left out."""
-    held_out = hold_out(records, config.val_split)[1][: 4 * config.val_rows]
-    return [*dict.fromkeys(name for record in held_out for name in record.images)]
 
 
 def _use_stored_tokens(model: Llama3V, store: Reader, config: TrainConfig) -> None:

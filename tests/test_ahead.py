@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,17 +20,19 @@ import pytest
 from PIL import Image
 
 from mlx_llama3v import ahead as ahead_module
-from mlx_llama3v.ahead import CHANNELS, Ahead, AheadConfig, scan
+from mlx_llama3v.ahead import CHANNELS, HELD, Ahead, AheadConfig, scan
 from mlx_llama3v.cli.interrupt import interruptible
 from mlx_llama3v.config import ImageConfig, TilingConfig, VisionConfig
+from mlx_llama3v.data.dataset import read_data
 from mlx_llama3v.demo.dataset import DataSet, draw
 from mlx_llama3v.embeddings.codec import fidelity
 from mlx_llama3v.embeddings.lock import LOCK, Lock
 from mlx_llama3v.embeddings.store import Store
-from mlx_llama3v.errors import StoreError
+from mlx_llama3v.errors import RunError, StoreError
 from mlx_llama3v.stages import embed_data, train_stage
 from mlx_llama3v.tensors import load_file
 from mlx_llama3v.train.config import TrainConfig
+from mlx_llama3v.train.evaluate import hold_out
 from mlx_llama3v.train.report import Callbacks, Start
 from mlx_llama3v.train.trainer import TrainResult
 from mlx_llama3v.weights import TINY
@@ -112,12 +116,13 @@ def test_a_resumed_run_reads_from_its_own_turn(model: Path, data: DataSet, whole
 def test_held_out_pictures_are_there_at_any_time(model: Path, data: DataSet, whole: Store, tmp_path: Path) -> None:
     paths = images(data)
     always = [*paths][:5]
-    with Ahead(tmp_path / "a", AheadConfig(str(model), BUDGET, "float16"), paths, always) as ahead:
+    with Ahead(tmp_path / "a", AheadConfig(str(model), BUDGET, "float16"), paths) as ahead:
+        assert not ahead.store.hold(always)
         for name in always:
             np.testing.assert_allclose(ahead.store.read(name).patches, whole.read(name).patches, rtol=2e-3, atol=2e-3)
-    Ahead(tmp_path / "b", AheadConfig(str(model), BUDGET, "int8"), paths, always).close()
+    Ahead(tmp_path / "b", AheadConfig(str(model), BUDGET, "int8"), paths).store.hold(always)
     for name, part in load_file(tmp_path / "b" / CHANNELS).items():  # the codec is fitted once, to all of the data
-        np.testing.assert_array_equal(Store(tmp_path / "b" / "held-out").shards[0].channels[name], np.array(part))
+        np.testing.assert_array_equal(Store(tmp_path / "b" / HELD).shards[0].channels[name], np.array(part))
 
 
 def test_unreadable_pictures_are_told_before_or_blank(model: Path, data: DataSet, tmp_path: Path) -> None:
@@ -136,18 +141,6 @@ def test_unreadable_pictures_are_told_before_or_blank(model: Path, data: DataSet
         assert "half.png" in store.failures and [*store.blank] == ["half.png"]  # which `train` tells
         store.begin(1)
         assert store.read(names[2]).patches.any()
-
-
-def test_held_out_pictures_that_cannot_be_decoded_are_left_out(model: Path, data: DataSet, tmp_path: Path) -> None:
-    """Told before step 1: an evaluation that asks for one would end each try at its last step."""
-    paths = images(data)
-    half = tmp_path / "half.png"
-    half.write_bytes([*paths.values()][1].read_bytes()[:-300])
-    always = [*paths][:2]
-    with Ahead(
-        tmp_path / "ahead", AheadConfig(str(model), BUDGET, "float16"), paths | {always[1]: half}, always
-    ) as ahead:
-        assert always[0] in ahead.store and always[1] not in ahead.store and always[1] in ahead.store.failures
 
 
 def test_a_second_start_leaves_a_live_run_alone(model: Path, data: DataSet, tmp_path: Path) -> None:
@@ -169,9 +162,9 @@ def test_a_wrong_folder_is_named_and_leaves_nothing_to_a_second_try(model: Path,
     assert not (tmp_path / "ahead").exists()
     some = dict([*paths.items()][:1])
     for resume, same in ((False, False), (True, True)):
-        Ahead(tmp_path / "ahead", config, some).close()
+        Ahead(tmp_path / "ahead", config, some)._fit()
         before = (tmp_path / "ahead" / CHANNELS).read_bytes()
-        Ahead(tmp_path / "ahead", config, paths, resume=resume).close()
+        Ahead(tmp_path / "ahead", config, paths, resume=resume)._fit()
         assert ((tmp_path / "ahead" / CHANNELS).read_bytes() == before) == same
 
 
@@ -217,12 +210,14 @@ def settings(**more: Any) -> TrainConfig:
     return TrainConfig("pretrain", steps_per_report=1, **{**values, **more})
 
 
-def ahead(model: Path, data: DataSet, folder: Path, batch_size: int = 16, **more: Any) -> TrainResult:
+def ahead(
+    model: Path, data: DataSet, folder: Path, batch_size: int = 16, config: TrainConfig | None = None, **more: Any
+) -> TrainResult:
     """A run whose pictures are embedded while it trains."""
-    config = AheadConfig(str(model), BUDGET, "float16", batch_size=batch_size)
+    how = AheadConfig(str(model), BUDGET, "float16", batch_size=batch_size)
     places = model, data.captions, folder / "ahead", folder / "run"
     with undrawn():
-        return train_stage(*places, settings(), ahead=config, image_folder=data.images, **more)
+        return train_stage(*places, config or settings(), ahead=how, image_folder=data.images, **more)
 
 
 def test_a_run_is_that_of_a_full_store(model: Path, data: DataSet, whole: Store, tmp_path: Path) -> None:
@@ -245,6 +240,48 @@ def test_a_run_is_that_of_a_full_store(model: Path, data: DataSet, whole: Store,
     mine, theirs = (load_file(tmp_path / name / "projector.safetensors") for name in ("run", "full"))
     for name, value in theirs.items():
         np.testing.assert_allclose(np.array(mine[name]), np.array(value), rtol=1e-2, atol=2e-3)
+
+
+def test_who_does_not_train_writes_nothing(model: Path, data: DataSet, tmp_path: Path) -> None:
+    """Neither a dry run nor a start that is refused; nor is a run that begins kept from it by what an old one left."""
+    assert ahead(model, data, tmp_path, dry_run=True).steps > 0 and not [*tmp_path.iterdir()]
+    paths = images(data)
+    Ahead(tmp_path / "ahead", AheadConfig(str(model), BUDGET, "int8"), paths).store.hold([*paths][:2])
+    old = {file: file.read_bytes() for file in (tmp_path / "ahead").rglob("*.*")}
+    lock = Lock(tmp_path / "run")
+    with pytest.raises(StoreError, match="is being written by process"):
+        ahead(model, data, tmp_path)
+    lock.release()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}")
+    with pytest.raises(RunError, match="holds a run already"):
+        ahead(model, data, tmp_path)
+    assert old == {file: file.read_bytes() for file in (tmp_path / "ahead").rglob("*.*")}
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert ahead(model, data, tmp_path, config=settings(iters=1)).evaluation is not None
+    assert Store(tmp_path / "ahead" / HELD).codec.name == "float16"
+
+
+def test_held_out_rows_are_those_of_a_full_store(model: Path, data: DataSet, tmp_path: Path) -> None:
+    """However many there are that cannot be used: too long, or with a picture that cannot be decoded."""
+    folder, config = tmp_path / "images", settings(iters=1, val_split=0.3, val_rows=2, max_seq_length=200)
+    shutil.copytree(data.images, folder)
+    values = json.loads(data.captions.read_text())
+    held_out = {record.id for record in hold_out(read_data(data.captions).records, 0.3)[1]}
+    *long, bad = [value for value in values if value["id"] in held_out][:9]
+    for value in long:
+        value["conversations"][-1]["value"] *= 20
+    (folder / bad["image"]).write_bytes((folder / bad["image"]).read_bytes()[:-300])  # with a good header
+    (tmp_path / "captions.json").write_text(json.dumps(values))
+    mine = replace(data, captions=tmp_path / "captions.json", images=folder)
+    embed_data(model, mine.captions, tmp_path / "store", image_folder=folder, codec="float16")
+    with undrawn():
+        full = train_stage(model, mine.captions, tmp_path / "store", tmp_path / "full", config)
+    ours = ahead(model, mine, tmp_path, config=config)
+    assert {problem.where for problem in ours.problems} == {f"record {value['id']}" for value in [*long, bad]}
+    assert {problem.where for problem in full.problems} == {problem.where for problem in ours.problems}
+    assert ours.evaluation is not None and full.evaluation is not None
+    for name, value in asdict(full.evaluation).items():
+        assert getattr(ours.evaluation, name) == pytest.approx(value, rel=1e-3)
 
 
 SLOW = """

@@ -205,7 +205,7 @@ class RollingStore:
         width: int,
         layouts: Mapping[str, SliceLayout],
         problems: Mapping[str, str],
-        held: Store | None = None,
+        hold: Callable[[Sequence[str]], Store] | None = None,
         check: Callable[[], None] = lambda: None,
         start: Callable[[Iterable[Turn]], Path] | None = None,
     ) -> None:
@@ -214,14 +214,15 @@ class RollingStore:
         Args:
             layouts: slice shapes of every picture as they will be stored.
             problems: pictures that have no readable header, and why.
-            held: a store of pictures that are read at any time (of held-out rows).
+            hold: makes a store of pictures that are read at any time (of held-out rows).
             check: called while waiting; raises StoreError where the writing process has ended badly.
             start: starts that process on the reads of a run, and returns the directory that it fills.
         """
         self.path, self.manifest, self._width = path, manifest, width
         self.codec = get_codec(manifest.codec)
         self.failures, self.blank = dict(problems), dict[str, str]()  # blank: that were read as zeros
-        self._layouts, self._held, self._check, self._start = layouts, held, check, start
+        self._layouts, self._hold, self._check, self._start = layouts, hold, check, start
+        self._held: Store | None = None
         self._turn, self._left = -1, False
         self._shards: dict[Path, int] = {}  # with the last turn that reads it
         self._where: dict[str, tuple[Shard, int]] = {}
@@ -256,6 +257,13 @@ class RollingStore:
     def held_names(self) -> tuple[str, ...]:
         """Names of the pictures that may be read at any time."""
         return self._held.names if self._held is not None else ()
+
+    def hold(self, names: Sequence[str]) -> dict[str, str]:
+        """Have these pictures read at any time, whatever the turn; those that cannot be decoded, and why."""
+        if self._hold is None or not names:
+            return {}
+        self._held = self._hold(names)
+        return {name: self._held.failures[name] for name in names if name not in self._held}
 
     def expect(self, turns: Iterable[Turn]) -> None:
         """What will be read, turn by turn: the writer starts on it."""

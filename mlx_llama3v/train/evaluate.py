@@ -16,7 +16,7 @@ import mlx.core as mx
 from msgspec import structs
 
 from mlx_llama3v.data.batches import collate, order
-from mlx_llama3v.data.records import Record
+from mlx_llama3v.data.records import Problem, Record
 from mlx_llama3v.data.rows import Row, RowLayout, build_rows, cut
 from mlx_llama3v.errors import ContextError, DataError
 from mlx_llama3v.model import Llama3V
@@ -59,8 +59,26 @@ class Evaluator:
         """`group`: ranks that share the work."""
         self._model, self._layout, self._config = model, layout, config
         self._group = group or mx.distributed.init()
+        self._choose(records)
+
+    def hold(self) -> None:
+        """Have the store keep the pictures of these rows. Before step 1: others stand in for those that it cannot read.
+
+        Raises StoreError.
+        """
+        told: list[Problem] = []
+        while unread := self._layout.store.hold([*dict.fromkeys(name for row in self.rows for name in row.images)]):
+            for record in self._records:
+                if name := next((name for name in record.images if name in unread), None):
+                    told.append(Problem(f"record {record.id}", f"its picture {name!r} cannot be read: {unread[name]}"))
+            self._choose([record for record in self._records if unread.keys().isdisjoint(record.images)])
+        self.problems += told
+
+    def _choose(self, records: Sequence[Record]) -> None:
+        """The first rows that can be used."""
+        self._records, layout = records, self._layout
         usable, self.problems = build_rows(records, layout)
-        usable = usable[: config.val_rows]
+        usable = usable[: self._config.val_rows]
         self.rows: list[Row] = [*usable]
         pictured = any(record.images for record in usable.records)
         wrong = zip(shuffled(usable.records) if pictured else [], self.rows, strict=False)

@@ -128,14 +128,13 @@ class _Run:
         used, held_out = hold_out(records, config.val_split)
         most = min(config.max_seq_length, int(model.config.text_config["max_position_embeddings"]))
         layout = RowLayout(store, tokens, model.config.projector_config, config.stage, most, config.long_rows)
-        self.rows, problems = build_rows(used, layout)
+        self.rows, self.left_out = build_rows(used, layout)
         if not len(self.rows):
-            why = f"the first: {problems[0]}" if problems else "there is none"
+            why = f"the first: {self.left_out[0]}" if self.left_out else "there is none"
             raise DataError(f"none of {len(used)} records can be trained on; {why}.")
         self.longest = longest_row(self.rows)
         self.config = config = fitted(config, model, self.longest)
         self.evaluator = Evaluator(held_out, layout, model, config, self.group)
-        self.problems = (*problems, *self.evaluator.problems)
         self.settings = checkpointing.settings(config, self.rows.records, tokens, model, store)
         self.feed = Feed(self.rows, store, model.config, config, self.group.rank(), self.group.size())
         self.sample = tuple(describe(self.rows[0].rendered, tokens))
@@ -144,6 +143,11 @@ class _Run:
         self.drawn = -1  # lines of metrics in the last picture
         self.last: Progress | None = None
         self.evaluation: Evaluation | None = None
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """Of all records."""
+        return (*self.left_out, *self.evaluator.problems)
 
     def dry(self, resume: bool) -> TrainResult:
         """Everything up to the first step, but nothing is written."""
@@ -155,6 +159,7 @@ class _Run:
     def go(self, resume: bool, notes: Mapping[str, Any]) -> TrainResult:
         """Prepare, restore, train, write."""
         checkpoint = self._checkpoint(resume)
+        self.evaluator.hold()
         mx.random.seed(self.config.seed)
         self.trainable = prepare(self.model, self.config)
         self.optimizer = adamw(self.config.weight_decay, two_rates=self.config.tune_projector)
