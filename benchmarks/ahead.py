@@ -35,7 +35,8 @@ def pin(pid, core):
             os.sched_setaffinity(int(task), {core})
 pin(os.getpid(), int(side == "encode"))
 from mlx_llama3v.ahead import AheadConfig
-from mlx_llama3v.stages import embed_data, train_stage
+from mlx_llama3v.stages import train_stage
+from mlx_llama3v.storing import embed_data
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.train.report import Callbacks
 seen = []
@@ -66,7 +67,7 @@ def prepare(work: Path, images: int) -> int:
     """Pictures, the model and a full store, once; bytes of a tenth of the store."""
     from mlx_llama3v.demo.dataset import draw
     from mlx_llama3v.embeddings.store import Store
-    from mlx_llama3v.stages import embed_data
+    from mlx_llama3v.storing import embed_data
     from mlx_llama3v.weights import TINY
     from mlx_llama3v.weights.convert import convert
 

@@ -28,7 +28,8 @@ from mlx_llama3v.demo.dataset import DataSet, Exam, draw
 from mlx_llama3v.demo.exam import sit
 from mlx_llama3v.encoder import load_encoder
 from mlx_llama3v.platform import machine
-from mlx_llama3v.stages import embed_data, train_stage
+from mlx_llama3v.stages import train_stage
+from mlx_llama3v.storing import embed_data
 from mlx_llama3v.tensors import parameters
 from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.train.config import TrainConfig

@@ -19,7 +19,7 @@ from mlx_llama3v.embeddings.embed import EmbedProgress
 from mlx_llama3v.errors import DataError
 from mlx_llama3v.estimate import Estimate
 from mlx_llama3v.knob import knob
-from mlx_llama3v.stages import EmbedReport, embed_data, estimate_data
+from mlx_llama3v.storing import EmbedReport, embed_data, estimate_data
 
 
 @dataclass(frozen=True)

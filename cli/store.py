@@ -12,7 +12,7 @@ from mlx_llama3v.embeddings import tools
 from mlx_llama3v.embeddings.damage import Losses
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.errors import StoreError
-from mlx_llama3v.stages import picture_names
+from mlx_llama3v.storing import picture_names
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look after an embedding store.")
 

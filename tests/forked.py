@@ -15,7 +15,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
         "tests.without_torch",
-        *("mlx_llama3v.stages", "mlx_llama3v.vision.families", "mlx_llama3v.train.trainer", "mlx_llama3v.inference"),
+        *("mlx_llama3v.stages", "mlx_llama3v.storing", "mlx_llama3v.vision.families", "mlx_llama3v.inference"),
         "mlx_llama3v.weights.vlm",
     ]
 )

@@ -29,7 +29,8 @@ from mlx_llama3v.embeddings.codec import fidelity
 from mlx_llama3v.embeddings.lock import LOCK, Lock
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.errors import RunError, StoreError
-from mlx_llama3v.stages import embed_data, train_stage
+from mlx_llama3v.stages import train_stage
+from mlx_llama3v.storing import embed_data
 from mlx_llama3v.tensors import load_file
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.train.evaluate import hold_out

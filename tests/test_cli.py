@@ -87,7 +87,7 @@ class World:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    from mlx_llama3v.stages import embed_data
+    from mlx_llama3v.storing import embed_data
 
     root = tmp_path_factory.mktemp("world")
     data = draw(root / "data", 8, 9, seed=0)

@@ -16,7 +16,8 @@ from PIL import Image
 from mlx_llama3v.data.dataset import expand, read_data
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.errors import DataError, RunError
-from mlx_llama3v.stages import embed_data, picture_names, train_stage
+from mlx_llama3v.stages import train_stage
+from mlx_llama3v.storing import embed_data, picture_names
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.weights import TINY
 from mlx_llama3v.weights.convert import convert

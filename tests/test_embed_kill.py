@@ -20,7 +20,7 @@ from mlx_llama3v.embeddings.codec import get_codec
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.embeddings.tools import verify
 from mlx_llama3v.errors import StoreError
-from mlx_llama3v.stages import embed_data
+from mlx_llama3v.storing import embed_data
 from mlx_llama3v.vision.encode import Encoder, Form, as_values
 from mlx_llama3v.weights import TINY
 from mlx_llama3v.weights.convert import convert

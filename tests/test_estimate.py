@@ -28,7 +28,7 @@ from mlx_llama3v.embeddings.embed import EmbedProgress
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.errors import ImageError, StoreError
 from mlx_llama3v.estimate import Form
-from mlx_llama3v.stages import _form, embed_data, estimate_data
+from mlx_llama3v.storing import _form, embed_data, estimate_data
 from mlx_llama3v.vision.pool import Pool
 from mlx_llama3v.weights import TINY
 from mlx_llama3v.weights.convert import convert

@@ -9,7 +9,8 @@ import pytest
 
 from mlx_llama3v.data.folder import folder_images
 from mlx_llama3v.embeddings.store import Store
-from mlx_llama3v.stages import embed_data, train_stage
+from mlx_llama3v.stages import train_stage
+from mlx_llama3v.storing import embed_data
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.weights import TINY
 from mlx_llama3v.weights.convert import convert

@@ -28,7 +28,7 @@ ORDER = (
     ("train", "inference"),
     ("ahead", "estimate"),
     ("server",),
-    ("stages",),
+    ("stages", "storing"),
     ("weights",),
     ("demo",),
     ("cli",),

@@ -19,7 +19,7 @@ from mlx_llama3v.embeddings.tools import merge, verify
 from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.errors import StoreError
 from mlx_llama3v.source import Source
-from mlx_llama3v.stages import embed_data
+from mlx_llama3v.storing import embed_data
 from mlx_llama3v.weights import TINY
 from mlx_llama3v.weights.convert import convert
 from tests.ranks import LAUNCH, launch

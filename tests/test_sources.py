@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mlx_llama3v.data.dataset import read_data
 from mlx_llama3v.data.sources import FilePart, Folders, Refused
 from mlx_llama3v.errors import StoreError
-from mlx_llama3v.stages import picture_names
+from mlx_llama3v.storing import picture_names
 from tests.test_webdataset import shard
 
 

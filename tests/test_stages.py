@@ -15,7 +15,8 @@ from mlx_llama3v.config import TilingConfig
 from mlx_llama3v.demo.dataset import DataSet, draw
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.errors import DataError, RunError, StoreError
-from mlx_llama3v.stages import embed_data, train_stage
+from mlx_llama3v.stages import train_stage
+from mlx_llama3v.storing import embed_data
 from mlx_llama3v.tensors import load_file
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.weights import TINY

@@ -21,7 +21,8 @@ from mlx_llama3v.encoder import load_encoder
 from mlx_llama3v.errors import RunError
 from mlx_llama3v.knob import knob
 from mlx_llama3v.platform import machine
-from mlx_llama3v.stages import embed_data, train_stage
+from mlx_llama3v.stages import train_stage
+from mlx_llama3v.storing import embed_data
 from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.train.report import Callbacks, Progress, Start
