@@ -127,10 +127,7 @@ def train(
 
 def _say(result: TrainResult, dry_run: bool) -> None:
     """How it ended; an interrupted run ends the command with status 130."""
-    for problem in result.unseen[:10]:
-        show.err.print(f"trained as if blank: {problem}")
-    if len(result.unseen) > 10:
-        show.err.print(f"... and {len(result.unseen) - 10:,} more pictures that their headers only promised")
+    print_problems(result.unseen)
     if dry_run:
         show.out.print(f"{show.plural(result.steps, 'step')} would be trained; nothing was written.")
     elif result.stopped is not None:
@@ -299,7 +296,8 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 def print_result(result: TrainResult) -> None:
     """Final loss and where the run is."""
-    left_out = f", {show.plural(len(result.problems), 'row')} left out" if result.problems else ""
+    rows = len(result.problems) + len(result.unseen)
+    left_out = f", {show.plural(rows, 'row')} left out" if rows else ""
     loss = f"last loss {result.last.loss:.3f}" if result.last else "nothing was left to do"
     padding = f", {result.last.padding:.1%} padding" if result.last else ""
     show.out.print(

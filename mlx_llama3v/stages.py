@@ -13,7 +13,7 @@ from mlx_llama3v.ahead import Ahead, AheadConfig
 from mlx_llama3v.checkpoint import load_config, load_model, load_projector, load_run
 from mlx_llama3v.config import ModelConfig
 from mlx_llama3v.data.dataset import DataSet, read_data
-from mlx_llama3v.data.records import Problem, Record
+from mlx_llama3v.data.records import Record
 from mlx_llama3v.data.sources import Refused
 from mlx_llama3v.embeddings.rolling import NoPictures
 from mlx_llama3v.embeddings.store import MANIFEST, Reader, Store
@@ -87,8 +87,7 @@ def train_stage(
             images = _files(records, image_folder)
             store = stack.enter_context(Ahead(embeddings, ahead, images, resume=resume)).store
         result = _train(path, store, records.records, output, config, projector, resume, callbacks, str(data), dry_run)
-    unseen = tuple(Problem(name, why) for name, why in getattr(store, "blank", {}).items())  # of a RollingStore
-    return replace(result, problems=(*records.problems, *result.problems), unseen=unseen)
+    return replace(result, problems=(*records.problems, *result.problems))
 
 
 def _files(data: DataSet, image_folder: Path | None) -> dict[str, Path]:

@@ -126,7 +126,7 @@ def test_held_out_pictures_are_there_at_any_time(model: Path, data: DataSet, who
         np.testing.assert_array_equal(Store(tmp_path / "b" / HELD).shards[0].channels[name], np.array(part))
 
 
-def test_unreadable_pictures_are_told_before_or_blank(model: Path, data: DataSet, tmp_path: Path) -> None:
+def test_unreadable_pictures_are_told(model: Path, data: DataSet, tmp_path: Path) -> None:
     paths = images(data)
     names = [*paths]
     (tmp_path / "no.png").write_bytes(b"no picture")
@@ -137,10 +137,10 @@ def test_unreadable_pictures_are_told_before_or_blank(model: Path, data: DataSet
         store = ahead.store
         assert [*store.failures] == ["no.png"] and "no.png" not in store and "half.png" in store
         store.expect([(0, [names[0], "half.png"]), (1, [names[2]])])
-        store.begin(0)
-        assert not store.read("half.png").patches.any() and store.read(names[0]).patches.any()
-        assert "half.png" in store.failures and [*store.blank] == ["half.png"]  # which `train` tells
-        store.begin(1)
+        assert [*store.begin(0, [names[0], "half.png"])] == ["half.png"] and store.read(names[0]).patches.any()
+        with pytest.raises(StoreError, match=r"no embedding of 'half\.png' in turn 0"):
+            store.read("half.png")
+        assert not store.begin(1, [names[2]])
         assert store.read(names[2]).patches.any()
 
 
@@ -262,16 +262,20 @@ def test_who_does_not_train_writes_nothing(model: Path, data: DataSet, tmp_path:
     assert Store(tmp_path / "ahead" / HELD).codec.name == "float16"
 
 
-def test_held_out_rows_are_those_of_a_full_store(model: Path, data: DataSet, tmp_path: Path) -> None:
-    """However many there are that cannot be used: too long, or with a picture that cannot be decoded."""
-    folder, config = tmp_path / "images", settings(iters=1, val_split=0.3, val_rows=2, max_seq_length=200)
+def test_rows_are_those_of_a_full_store(model: Path, data: DataSet, tmp_path: Path) -> None:
+    """However many held-out ones cannot be used: too long, or with a picture that cannot be decoded. So with training
+    rows, which are in one batch here."""
+    folder = tmp_path / "images"
+    config = settings(iters=1, batch_size=60, val_split=0.3, val_rows=2, max_seq_length=200)
     shutil.copytree(data.images, folder)
     values = json.loads(data.captions.read_text())
     held_out = {record.id for record in hold_out(read_data(data.captions).records, 0.3)[1]}
     *long, bad = [value for value in values if value["id"] in held_out][:9]
     for value in long:
         value["conversations"][-1]["value"] *= 20
-    (folder / bad["image"]).write_bytes((folder / bad["image"]).read_bytes()[:-300])  # with a good header
+    late = next(value for value in values if value["id"] not in held_out)
+    for image in (bad["image"], late["image"]):
+        (folder / image).write_bytes((folder / image).read_bytes()[:-300])  # with a good header
     (tmp_path / "captions.json").write_text(json.dumps(values))
     mine = replace(data, captions=tmp_path / "captions.json", images=folder)
     embed_data(model, mine.captions, tmp_path / "store", image_folder=folder, codec="float16")
@@ -279,7 +283,10 @@ def test_held_out_rows_are_those_of_a_full_store(model: Path, data: DataSet, tmp
         full = train_stage(model, mine.captions, tmp_path / "store", tmp_path / "full", config)
     ours = ahead(model, mine, tmp_path, config=config)
     assert {problem.where for problem in ours.problems} == {f"record {value['id']}" for value in [*long, bad]}
-    assert {problem.where for problem in full.problems} == {problem.where for problem in ours.problems}
+    assert [problem.where for problem in ours.unseen] == [f"record {late['id']}"]
+    assert {problem.where for problem in full.problems} == {p.where for p in (*ours.problems, *ours.unseen)}
+    assert ours.last is not None and full.last is not None and ours.last.tokens == full.last.tokens
+    assert ours.last.loss == pytest.approx(full.last.loss, rel=1e-3)
     assert ours.evaluation is not None and full.evaluation is not None
     for name, value in asdict(full.evaluation).items():
         assert getattr(ours.evaluation, name) == pytest.approx(value, rel=1e-3)

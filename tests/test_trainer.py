@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -347,6 +348,32 @@ def test_a_dry_run_tells_all_and_writes_nothing(store: Store, tmp_path: Path) ->
     seen: list[Start] = []
     result = run(settings(), store, tmp_path / "run", dry_run=True, callbacks=Callbacks(started=seen.append))
     assert result.steps == 6 and seen[0].memory > 0 and not (tmp_path / "run").exists()
+
+
+class Lossy(Store):
+    """Finds out that pictures cannot be decoded when their turn comes, as with --embed-ahead."""
+
+    gone: frozenset[str] = frozenset()
+
+    def begin(self, turn: int, names: Sequence[str] = ()) -> dict[str, str]:
+        return {name: "cut short" for name in names if name in self.gone}
+
+
+def test_a_row_whose_picture_cannot_be_decoded_is_not_trained(store: Store, tmp_path: Path) -> None:
+    lossy, records = Lossy(store.path), captions()
+    lossy.gone = frozenset({"2.png", "3.png"})
+    seen = [record for record in records if lossy.gone.isdisjoint(record.images)]
+    config = settings(iters=3, batch_size=24, lanes=2)
+    ours = run(config, lossy, tmp_path / "ours", records=records)
+    theirs = run(config, store, tmp_path / "theirs", records=seen)
+    assert {problem.where for problem in ours.unseen} == {f"record {record.id}" for record in records} - {
+        f"record {record.id}" for record in seen
+    }
+    assert ours.last is not None and theirs.last is not None and ours.last.tokens == theirs.last.tokens
+    assert ours.last.loss == pytest.approx(theirs.last.loss, rel=1e-5)
+    lossy.gone = frozenset(store.names) - {"0.png"}  # most steps have no row
+    few = run(settings(iters=12, batch_size=1), lossy, tmp_path / "few", records=records)
+    assert few.last is not None and few.last.skipped == 0
 
 
 def test_the_projector_learns_with_its_own_rate(store: Store, tmp_path: Path) -> None:

@@ -25,8 +25,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mlx_llama3v.config import Encoded, SliceLayout
 from mlx_llama3v.embeddings.codec import DEFAULT, get_codec, saturate, width
 from mlx_llama3v.embeddings.form import Made, choose_form
@@ -220,7 +218,7 @@ class RollingStore:
         """
         self.path, self.manifest, self._width = path, manifest, width
         self.codec = get_codec(manifest.codec)
-        self.failures, self.blank = dict(problems), dict[str, str]()  # blank: that were read as zeros
+        self.failures = dict(problems)
         self._layouts, self._hold, self._check, self._start = layouts, hold, check, start
         self._held: Store | None = None
         self._turn, self._left = -1, False
@@ -271,10 +269,11 @@ class RollingStore:
             self.path = self._start(turns)
         self._turn, self._left, self._shards, self._where = -1, False, {}, {}
 
-    def begin(self, turn: int) -> None:
+    def begin(self, turn: int, names: Sequence[str] = ()) -> dict[str, str]:
         """Reads from now on are those of `turn`: delete what only earlier ones read, and wait until they are there.
 
-        Raises StoreError where the writer has ended, or nothing is to be read any more.
+        Which of `names` are not, and why: their headers had promised more. Raises StoreError where the writer has
+        ended, or nothing is to be read any more.
         """
         self._turn = turn
         self._forget(turn)
@@ -288,30 +287,28 @@ class RollingStore:
                 self._forget(turn)
             (self.path / WANTED).unlink(missing_ok=True)
         self._forget(turn)
+        keys = {name: read_name(turn, name) for name in names if self._held is None or name not in self._held}
+        if self._where.keys() >= set(keys.values()):
+            return {}
+        found = read_failures(self.path)
+        return {name: found[key] for name, key in keys.items() if key in found}
 
     def leave(self) -> None:
         """Nothing is read any more: who waits in `begin` is let go."""
         self._left = True
 
     def read_coded(self, name: str) -> Coded:
-        """See Store; a picture that turned out to be unreadable is blank (zeros), and among the `failures`."""
+        """See Store. Raises StoreError for a picture that is not among the reads of this turn."""
         if self._held is not None and name in self._held:
             return self._held.read_coded(name)
         key = read_name(self._turn, name)
-        if key in self._where:
-            shard, i = self._where[key]
-            layout = shard.index.layout(i)
-            if layout != self.layout(name):
-                raise StoreError(f"{name!r} has slices {layout}, but its header promised {self.layout(name)}.")
-            return Coded(layout, shard.read(i) | shard.channels)
-        reason = read_failures(self.path).get(key)
-        if reason is None:
+        if key not in self._where:
             raise StoreError(f"{self.path} has no embedding of {name!r} in turn {self._turn}.")
-        self.failures[name] = self.blank[name] = reason
-        layout = self.layout(name)
-        blank = np.zeros((layout.patches, self._width), np.float32)
-        channels = self.codec.fit(blank)
-        return Coded(layout, {**self.codec.encode(blank, channels), **channels})
+        shard, i = self._where[key]
+        layout = shard.index.layout(i)
+        if layout != self.layout(name):
+            raise StoreError(f"{name!r} has slices {layout}, but its header promised {self.layout(name)}.")
+        return Coded(layout, shard.read(i) | shard.channels)
 
     def read_batch(self, names: Sequence[str]) -> list[Coded]:
         """See Store."""
@@ -348,8 +345,9 @@ class NoPictures(RollingStore):
     def __init__(self, path: Path) -> None:
         super().__init__(path, Manifest({}, DEFAULT, {}), 0, {}, {})
 
-    def begin(self, turn: int) -> None:
+    def begin(self, turn: int, names: Sequence[str] = ()) -> dict[str, str]:
         """Nothing is waited for."""
+        return {}
 
 
 def read_name(turn: int, name: str) -> str:

@@ -106,7 +106,7 @@ class Reader(Protocol):
     def announce(self, names: Iterable[str]) -> None: ...
     def hold(self, names: Sequence[str]) -> dict[str, str]: ...
     def expect(self, turns: Iterable[tuple[int, Sequence[str]]]) -> None: ...
-    def begin(self, turn: int) -> None: ...
+    def begin(self, turn: int, names: Sequence[str] = ()) -> dict[str, str]: ...
     def leave(self) -> None: ...
 
 
@@ -219,8 +219,9 @@ class Store:
     def expect(self, turns: Iterable[tuple[int, Sequence[str]]]) -> None:
         """Told what will be read, batch by batch. Nothing to do."""
 
-    def begin(self, turn: int) -> None:
-        """Told that a batch is read now. Nothing to do."""
+    def begin(self, turn: int, names: Sequence[str] = ()) -> dict[str, str]:
+        """Told that a batch of these is read now; what turned out to be unreadable, and why. Nothing."""
+        return {}
 
     def leave(self) -> None:
         """Told that nothing is read any more. Nothing to do."""

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from mlx_llama3v.config import ModelConfig
 from mlx_llama3v.data.batches import Batch, Order, collate
+from mlx_llama3v.data.records import Problem
 from mlx_llama3v.data.rows import Row
 from mlx_llama3v.embeddings.store import Reader
 from mlx_llama3v.train.config import TrainConfig
@@ -24,6 +25,7 @@ class Feed:
         steps: optimizer steps of the whole run.
         total: batches of the whole run.
         per_epoch: batches of one pass over the rows.
+        unseen: rows that were left out of their batch by now, as a picture could not be decoded (--embed-ahead).
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Feed:
         self._epoch, self._order = -1, Order(0, 1, 0, 0)
         self._window = -1
         self._made: dict[int, Row] = {}
+        self.unseen: dict[str, Problem] = {}
         self._batches: list[list[int]] = []
 
     def first(self, step: int) -> int:
@@ -52,8 +55,8 @@ class Feed:
         return min(step * self._accumulate, self.total)
 
     def batches(self, step: int) -> Generator[list[Batch], None, None]:
-        """This rank's part of all batches from `step` on, each in `config.lanes` parts, or none where there are more
-        ranks than rows. Close it when done, a thread reads ahead.
+        """This rank's part of all batches from `step` on, each in `config.lanes` parts, or fewer where there are not
+        as many rows. Close it when done, a thread reads ahead.
 
         Raises StoreError.
         """
@@ -75,7 +78,12 @@ class Feed:
     def _collate(self, number: int) -> list[Batch]:
         """The parts have like lengths: the rows of a batch are sorted, and dealt in turn."""
         rows = self._pick(number)
-        self._store.begin(number)
+        unread = self._store.begin(number, [name for row in rows for name in row.images])
+        for row in rows if unread else ():
+            if name := next((name for name in row.images if name in unread), None):
+                why = f"its picture {name!r} cannot be read: {unread[name]}"
+                self.unseen[row.id] = Problem(f"record {row.id}", why)
+        rows = [row for row in rows if unread.keys().isdisjoint(row.images)]
         parts = [rows[lane :: self._lanes] for lane in range(self._lanes)]
         packed = self._config.pack
         return [collate(part, self._store, self._model, self._pad_to, packed=packed) for part in parts if part]

@@ -44,9 +44,9 @@ def set_rates(optimizer: Optimizer, rate: float, projector: float) -> None:
 
 
 def mean_norm(gradients: Any, count: mx.array) -> mx.array:
-    """Global norm of summed gradients after division by `count`."""
+    """Global norm of summed gradients after division by `count`; 0 where there is no target."""
     squares = [mx.square(g).sum() for g in dict(tree_flatten(gradients)).values()]
-    return mx.sqrt(mx.stack(squares).sum()) / count
+    return mx.sqrt(mx.stack(squares).sum()) / mx.maximum(count, 1)
 
 
 def mean_and_clip(gradients: Any, count: mx.array, norm: mx.array, limit: float) -> Any:
@@ -54,7 +54,7 @@ def mean_and_clip(gradients: Any, count: mx.array, norm: mx.array, limit: float)
 
     One factor does both, so that the gradients are read once.
     """
-    factor = 1 / count
+    factor = 1 / mx.maximum(count, 1)
     if limit > 0:
         factor = factor * mx.minimum(1.0, limit / (norm + 1e-6))
     return tree_map(lambda g: g * factor, gradients)

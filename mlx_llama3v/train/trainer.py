@@ -62,7 +62,7 @@ class TrainResult:
     evaluation: Evaluation | None
     seconds: float
     stopped: int | None = None  # after which step, where `Callbacks.stop` asked for it
-    unseen: tuple[Problem, ...] = ()  # pictures that could not be read when their turn came (--embed-ahead)
+    unseen: tuple[Problem, ...] = ()  # rows that were left out when their turn came (Feed.unseen)
 
 
 def train(
@@ -202,6 +202,7 @@ class _Run:
             evaluation=self.evaluation,
             seconds=self.window.before,
             stopped=stopped,
+            unseen=tuple(self.feed.unseen.values()),
         )
 
     def _checkpoint(self, resume: bool) -> Path | None:
