@@ -172,3 +172,14 @@ def test_killed_at_random_moments_and_resumed(tmp_path: Path) -> None:
     assert kills >= 3
     fill(tmp_path, range(COUNT))
     assert contents(tmp_path) == expected(range(COUNT))
+
+
+def test_a_store_that_outlives_a_program_says_nothing(tmp_path: Path) -> None:
+    """When Python ends, modules are emptied while it still holds open files: here that of `os`."""
+    fill(tmp_path, range(2))
+    code = (
+        "import os, sys; from mlx_llama3v.embeddings.store import Store; os.kept = Store(sys.argv[1]); "
+        "os.kept.read_batch(['0.jpg'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE, text=True, check=True)
+    assert not done.stderr
