@@ -150,9 +150,9 @@ def embed_data(
     config = load_config(resolve(model, offline=offline))
     post = load_post(config, pool, after_projector)
     losses = losses or Losses()
-    ranks = Ranks(output, losses)
-    mine = ranks.share(images)
-    with StoreWriter(ranks.target, encoder.fingerprint(), codec, shard_bytes, post, losses=losses) as writer:
+    ranks, made = Ranks(output, losses), encoder.fingerprint()
+    mine = ranks.share(images, fingerprint=made, codec=codec, post=post.describe() if post else {})
+    with StoreWriter(ranks.target, made, codec, shard_bytes, post, losses=losses, beside=ranks.common) as writer:
         if check_disk:
             todo = {name: source for name, source in mine.items() if not writer.has(name)}
             form = _form(config, max_slices, pool, after_projector)

@@ -23,7 +23,7 @@ from mlx_llama3v.storing import embed_data
 from mlx_llama3v.weights import TINY
 from mlx_llama3v.weights.convert import convert
 from tests.ranks import LAUNCH, launch
-from tests.test_store import FINGERPRINT, contents, expected, fill, sha
+from tests.test_store import FINGERPRINT, contents, expected, fill, picture, sha
 
 CLI = Path(sys.executable).with_name("llama3v-mlx")
 
@@ -114,7 +114,57 @@ def test_a_damaged_common_store_stops_no_rank(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(Ranks, "_wait", lambda ranks: None)
     ranks = Ranks(tmp_path)
     ranks.size = 2  # the first of two
-    assert len(held) > 1 and [*ranks.share({f"{n}.jpg": Path("gone") for n in range(12)})] == held[::2]
+    mine = ranks.share({f"{n}.jpg": Path("gone") for n in range(12)})
+    there = [f"{n}.jpg" for n in range(12) if f"{n}.jpg" not in held]
+    assert len(held) > 1 and [*mine] == there[::2] + held[::2]  # what is there is counted, by a rank its part
+    rows = {"twin.jpg": sha(int(there[0].split(".")[0]))}  # known bytes under another name are not encoded again
+    with StoreWriter(tmp_path / "rank-0-of-2", FINGERPRINT, beside=ranks.common) as writer:
+        assert writer.has(there[0]) and not writer.has(held[0]) and writer.has_hash(rows["twin.jpg"])
+        writer.alias("twin.jpg", rows["twin.jpg"])
+    ranks.collect()
+    store = Store(tmp_path)
+    assert store.sha_of("twin.jpg") == rows["twin.jpg"] and store.info()["images"] == len(there)
+
+
+def test_other_settings_than_the_store_s_are_refused_and_block_nothing(tmp_path: Path) -> None:
+    fill(tmp_path, range(4))
+    other = {**FINGERPRINT, "layer": -1}
+    with pytest.raises(StoreError, match="layer is -2 there and -1 here"):
+        Ranks(tmp_path).share({}, fingerprint=other)
+    with StoreWriter(tmp_path / "rank-0-of-2", other) as writer:
+        writer.add("9.jpg", sha(9), picture(9))
+    losses = Losses()
+    Ranks(tmp_path, losses).collect()
+    assert contents(tmp_path) == expected(range(4)) and losses.names == {"9.jpg"}
+    assert "rank-0-of-2 was made with other settings" in losses.sentences[0]
+    assert "layer is -1 there and -2 here" in losses.sentences[0]
+
+
+def test_a_rank_whose_peer_has_ended_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: object, **__: object) -> None:
+        raise RuntimeError("[ring] connection to a peer was lost")
+
+    monkeypatch.setattr("mlx.core.distributed.all_sum", lost)
+    ranks = Ranks(tmp_path)
+    ranks.size = 2
+    with pytest.raises(StoreError, match="another process of this run has ended"):
+        ranks.collect()
+
+
+def test_a_killed_rank_s_lock_is_cleared_by_its_own_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = tmp_path / "rank-1-of-2"
+    fill(part, range(4))
+    (part / ".lock").write_text(json.dumps({"pid": 7, "host": "node-b", "machine": "b", "since": "then"}))
+    with pytest.raises(StoreError, match="process 7 on node-b"):
+        Ranks(tmp_path).collect()
+    monkeypatch.setattr(Ranks, "_wait", lambda ranks: None)
+    with monkeypatch.context() as there:
+        there.setattr("platform.node", lambda: "node-b")
+        ranks = Ranks(tmp_path)
+        ranks.rank, ranks.size, ranks.target = 1, 2, part
+        ranks.share({})
+    Ranks(tmp_path).collect()
+    assert contents(tmp_path) == expected(range(4))
 
 
 def test_a_part_that_is_being_written_is_not_moved(tmp_path: Path) -> None:

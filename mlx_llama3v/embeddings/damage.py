@@ -66,7 +66,10 @@ def set_damaged_aside(path: Path, manifest: Manifest, losses: Losses, into: Path
 
 
 def set_part_aside(part: Path, error: ManifestError, losses: Losses) -> None:
-    """Move a whole store, whose shards nothing describes any more, beside its place. Raises StoreError."""
+    """Move a whole store, whose shards nothing describes any more or that has other settings, beside its place.
+
+    Raises StoreError.
+    """
     found = [index for _, file in shard_files(part) if (index := _salvage(file)) is not None]
     aside = next(to for n in count(1) if not (to := part.with_name(f"damaged-{n}-{part.name}")).exists())
     _move(part, aside)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -20,7 +21,7 @@ from mlx_llama3v.embeddings.lock import Lock
 from mlx_llama3v.embeddings.sample import check_names
 from mlx_llama3v.embeddings.store import MANIFEST, Manifest, Store, shard_files
 from mlx_llama3v.embeddings.tools import merge
-from mlx_llama3v.errors import ManifestError
+from mlx_llama3v.errors import ManifestError, StoreError
 from mlx_llama3v.source import Source
 
 
@@ -29,6 +30,7 @@ class Ranks:
 
     Attributes:
         target: the store that this process writes to.
+        common: the common store as it was when the work was shared, where `target` is a part of it.
     """
 
     def __init__(self, output: Path, losses: Losses | None = None) -> None:
@@ -36,23 +38,29 @@ class Ranks:
         group = mx.distributed.init()
         self.rank, self.size, self._output = group.rank(), group.size(), output
         self._losses = losses or Losses()
+        self.common: Store | None = None
         self.target = output if self.size == 1 else output / f"rank-{self.rank}-of-{self.size}"
 
-    def share(self, images: Mapping[str, Source]) -> dict[str, Source]:
-        """This process's part of the pictures, in order; what the common store holds is nobody's work.
+    def share(self, images: Mapping[str, Source], **wanted: Any) -> dict[str, Source]:
+        """This process's part of the pictures: of those that the common store holds, then, in order, of the others.
 
-        Raises StoreError: a common store that holds other pictures under these names, or as `collect`.
+        `wanted`: settings that the common store must have (Manifest.check); all ranks read the same file and stop
+        alike. Raises StoreError: it has others, or other pictures under these names, or as `collect`.
         """
+        if (self._output / MANIFEST).exists():
+            Manifest.read(self._output).check(self._output, **wanted)
+        if self.size > 1 and self.target.exists():
+            Lock(self.target).release()  # what a killed process of this host left there, rank 0's host must believe
         self.collect()  # parts of a run that was killed
         if self.size == 1:
             return dict(images)
-        left = [*images]
+        there, left = list[str](), [*images]
         if (self._output / MANIFEST).exists():
-            have = Store(self._output)
-            check_names(self._output, [(name, images[name]) for name in images if name in have], have.sha_of)
-            left = [name for name in images if name not in have]
+            self.common = have = Store(self._output)
+            there, left = [name for name in images if name in have], [name for name in images if name not in have]
+            check_names(self._output, [(name, images[name]) for name in there], have.sha_of)
         self._wait()  # nobody writes before all have read
-        return {name: images[name] for name in left[self.rank :: self.size]}
+        return {name: images[name] for names in (there, left) for name in names[self.rank :: self.size]}
 
     def fit(self) -> Fit | None:
         """Of the common store, if it has one: what is added to it is coded in the same way. Raises StoreError."""
@@ -60,9 +68,9 @@ class Ranks:
 
     def collect(self) -> None:
         """Move every part into the common store, once all ranks are here. What is damaged is set aside in the latter, a
-        part without a good manifest as a whole.
+        part without a good manifest or of other settings as a whole.
 
-        Raises StoreError: a part that a process is still writing to or of other settings, or the disk refuses.
+        Raises StoreError: a part that a process is still writing to, or the disk refuses.
         """
         self._wait()
         if self.rank == 0:
@@ -72,6 +80,7 @@ class Ranks:
                 if shard_files(part) or (part / MANIFEST).exists():
                     try:
                         self._set_aside(part)
+                        self._compare(part)
                     except ManifestError as error:
                         set_part_aside(part, error, self._losses)
                         continue
@@ -87,6 +96,18 @@ class Ranks:
         finally:
             lock.release()
 
+    def _compare(self, part: Path) -> None:
+        """Raises ManifestError: a part that can never be merged, by which a right run must not be stopped."""
+        if (self._output / MANIFEST).exists():
+            ours, theirs = Manifest.read(self._output), Manifest.read(part)
+            wanted = {"fingerprint": ours.fingerprint, "codec": ours.codec, "post": ours.post}
+            if what := theirs.differences(wanted):
+                raise ManifestError(f"{part} was made with other settings than {self._output}: {what}.")
+
     def _wait(self) -> None:
+        """Until all ranks are here. Raises StoreError where one has ended."""
         if self.size > 1:
-            mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))
+            try:
+                mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))
+            except RuntimeError as error:
+                raise StoreError("another process of this run has ended; look at its message.") from error

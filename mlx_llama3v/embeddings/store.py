@@ -80,11 +80,14 @@ class Manifest:
 
     def check(self, path: Path, **wanted: Any) -> None:
         """Raise StoreError that names each wanted setting that differs, with both values."""
+        if what := self.differences(wanted):
+            raise StoreError(f"{path} was made with other settings: {what}; use those, or another directory for these.")
+
+    def differences(self, wanted: Mapping[str, Any]) -> str:
+        """Each wanted setting that differs, with both values; "" where none does."""
         mine, yours = _flat({key: getattr(self, key) for key in wanted}), _flat(plain(wanted))
         keys = [key for key in {**mine, **yours} if mine.get(key) != yours.get(key)]
-        if keys:
-            what = "; ".join(f"{key} is {mine.get(key)!r} there and {yours.get(key)!r} here" for key in keys)
-            raise StoreError(f"{path} was made with other settings: {what}; use those, or another directory for these.")
+        return "; ".join(f"{key} is {mine.get(key)!r} there and {yours.get(key)!r} here" for key in keys)
 
 
 class Reader(Protocol):

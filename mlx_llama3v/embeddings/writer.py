@@ -72,6 +72,7 @@ class StoreWriter:
         post: Post | None = None,
         on_device: bool | None = None,
         losses: Losses | None = None,
+        beside: Store | None = None,
     ) -> None:
         """Open or create the store at `path`.
 
@@ -81,6 +82,7 @@ class StoreWriter:
             post: done to every picture's embeddings first (pooling, the projector).
             on_device: whether the tower's device does the coding; default: where it is a GPU.
             losses: takes what is lost to damaged shards.
+            beside: its names and pictures count as held here: this store is merged into it afterwards.
 
         Raises:
             StoreError: made with other settings, not writable, or another process is writing to it.
@@ -88,7 +90,7 @@ class StoreWriter:
         self.path = Path(path)
         self.most_lost = shard_bytes
         self.codec = get_codec(codec)
-        self.post, self._on_device = post, on_device
+        self.post, self._on_device, self._beside = post, on_device, beside
         self.manifest = Manifest(plain(fingerprint), codec, plain(post.describe()) if post else {})
         self._lock = Lock(self.path)
         try:
@@ -132,11 +134,15 @@ class StoreWriter:
         if name in self._names:
             return self._names[name]
         position = self._index.find_name(name)
-        return None if position is None else self._index.sha(position)
+        if position is not None:
+            return self._index.sha(position)
+        return None if self._beside is None else self._beside.sha_of(name)
 
     def has_hash(self, sha: str) -> bool:
         """Whether a picture with those bytes is stored or waiting. May be asked from any thread."""
-        return sha in self._hashes or self._index.find_sha(sha) is not None
+        if sha in self._hashes or self._index.find_sha(sha) is not None:
+            return True
+        return self._beside is not None and self._beside.index.find_sha(sha) is not None
 
     def add(self, name: str, sha: str, encoded: Encoded) -> int:
         """Add one picture under `name` and return the bytes it takes; a known hash only costs the name.
