@@ -76,8 +76,8 @@ def set_part_aside(part: Path, error: ManifestError, losses: Losses) -> None:
     names = {name for index in found for name, _ in index.names()}
     losses.names |= names
     losses.tell(
-        f"{str(error).rstrip('.')}; set aside as {aside} with {len(names):,} names, which are made anew unless "
-        f"`store merge` adds it to {part.parent} first, with a whole {MANIFEST} of the same settings in it."
+        f"{str(error).rstrip('.')}; set aside as {aside} with {len(names):,} names, which are made anew unless it has "
+        f"the settings of {part.parent}: then `store merge` adds it, with a whole {MANIFEST} in it."
     )
 
 
