@@ -108,7 +108,9 @@ def run() -> None:
         sys.exit(1)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _fail(f"the disk is full: {error.filename or 'no space left'}; free some and run it again.", error)
+            _fail(
+                f"the disk is full: {error.filename or 'no space left'}; free some and run it again{_again()}.", error
+            )
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             _fail(f"{error.filename}: {error.strerror}; choose a place that you may write to.", error)
         if error.filename is None:  # not a file that somebody named: a bug
@@ -116,8 +118,12 @@ def run() -> None:
         _fail(f"{error.filename}: {error.strerror or error}.", error)
 
 
+def _again() -> str:
+    return " with --resume" if sys.argv[1:2] == ["train"] else ""
+
+
 def _interrupted() -> NoReturn:
-    typer.echo("\nInterrupted; run the same command again to go on where it can.", err=True)
+    typer.echo(f"\nInterrupted; run the same command again{_again()} to go on where it can.", err=True)
     sys.exit(130)
 
 

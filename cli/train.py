@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Callable
@@ -216,6 +217,8 @@ def _inherit(values: dict[str, Any], before: dict[str, Any], asked: set[str]) ->
     for name in INHERITED:
         if name not in before or before[name] == values[name]:
             continue
+        if name == "grad_checkpoint" and values["lora_dropout"]:  # do not go together
+            continue
         if name in asked:
             show.err.print(f"{name} is {values[name]}; the pretrain run had {before[name]}")
         else:
@@ -283,7 +286,12 @@ def _watch(bar: show.Bar, stop: Callable[[], bool], val_split: float) -> Callbac
 
 def print_evaluation(evaluation: Evaluation) -> None:
     """Held-out loss beside the same with wrong pictures and with none: who looks has a gap."""
+    if not math.isfinite(evaluation.eval_loss):
+        show.err.print(f"step {evaluation.step}: the held-out loss is no number; the weights may be damaged")
+        return
     parts = [f"held-out loss {evaluation.eval_loss:.3f}"]
+    if evaluation.eval_right is not None:
+        parts.append(f"{evaluation.eval_right:.3f} where wrong pictures fit")
     if evaluation.eval_shuffled is not None:
         parts.append(f"{evaluation.eval_shuffled:.3f} with wrong pictures")
     if evaluation.eval_blind is not None:

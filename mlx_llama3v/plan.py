@@ -97,10 +97,13 @@ def training_memory(job: TrainJob) -> Memory:
             block + mlp + in_mlp[0] * middle + in_mlp[1] * states,
             block + in_attention[0] * scores + in_attention[1] * states,
         ]
+    learning = 4 * (2 + job.sums) * job.learned
+    # AdamW's update has gradients and means, and makes new weights and means before it lets go of the old ones.
+    update = 4 * (1 + 2 + 3) * job.learned - learning
     return Memory(
         weights=job.weights,
-        learning=4 * (2 + job.sums) * job.learned,
-        activations=round(max(peaks)) + job.rows * job.projector,
+        learning=learning,
+        activations=max(update, round(max(peaks)) + job.rows * job.projector),
         patches=_PATCHES * job.rows * job.patches,
     )
 

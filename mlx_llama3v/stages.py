@@ -86,7 +86,9 @@ def train_stage(
             ahead = replace(ahead, pool=ahead.pool or stored_pool(load_config(path), projector))
             images = _files(records, image_folder)
             store = stack.enter_context(Ahead(embeddings, ahead, images, resume=resume)).store
-        result = _train(path, store, records.records, output, config, projector, resume, callbacks, str(data), dry_run)
+        result = _train(
+            path, store, records.records, output, config, projector, resume, callbacks, str(data.resolve()), dry_run
+        )
     return replace(result, problems=(*records.problems, *result.problems))
 
 
@@ -126,7 +128,11 @@ def _train(
     if "projector" in store.manifest.post:
         _use_stored_tokens(llama3v, store, config)
     tokens = Tokens.load(path, model_config.marker_ids, model_config.eos_token_ids, model_config.prompt_layout)
-    notes = {"model_path": str(path.resolve()), "data_file": data, "projector": str(projector or "")}
+    notes = {
+        "model_path": str(path.resolve()),
+        "data_file": data,
+        "projector": str(projector.resolve()) if projector else "",
+    }
     return train(
         config,
         llama3v,

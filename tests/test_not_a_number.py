@@ -15,7 +15,7 @@ import pytest
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.errors import RunError
 from mlx_llama3v.train import trainer
-from mlx_llama3v.train.report import Callbacks
+from mlx_llama3v.train.report import Callbacks, Evaluation, Metrics, plot
 from tests.ranks import LAUNCH, launch
 from tests.tiny_model import tiny_model
 from tests.tiny_run import make_store, run, settings
@@ -85,6 +85,14 @@ def test_a_resumed_run_ends_though_all_that_was_left_is_skipped(
     assert run(config, store, tmp_path / "cut", resume=True).last is None
     name = "projector.safetensors"
     assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_held_out_loss_that_is_no_number_is_null(store: Store, tmp_path: Path) -> None:
+    """NaN is not JSON."""
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.add(Evaluation(3, float("nan"), 1.0))
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 3, "eval_loss": None, "eval_shuffled": 1.0}
+    plot(metrics, tmp_path / "loss.png", "")
 
 
 def test_skipping_every_step_is_an_error(store: Store, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_llama3v.checkpoint import load_run
 from mlx_llama3v.data.records import Record
@@ -193,6 +193,9 @@ def test_shuffled_pictures_are_others() -> None:
     pairs = list(zip(records, shuffled(records), strict=True))
     assert all(a.images != b.images and a.messages == b.messages and a.id == b.id for a, b in pairs)
     assert shuffled(records[:1] * 2) == []
+    odd = {f"{n}.png": n % 2 for n in range(6)}
+    pairs = list(zip(records, shuffled(records, lambda images: odd[images[0]]), strict=True))
+    assert all(a.images != b.images and odd[a.images[0]] == odd[b.images[0]] for a, b in pairs)
 
 
 def test_wrong_and_missing_pictures_are_judged_by_the_same_targets(
@@ -219,6 +222,27 @@ def test_wrong_and_missing_pictures_are_judged_by_the_same_targets(
         row = cut.row(record).rendered
         assert len(seen[int(record.id[4:])]) >= 2
         assert all(ids == row.ids[row.supervised].tolist() for ids in seen[int(record.id[4:])])
+
+
+def test_a_model_that_sees_nothing_is_flagged(store: Store) -> None:
+    """Also where a wrong picture makes a row too long, which is then left out of all that is compared."""
+    model = tiny_model(scale=1.0)
+    model.projector.update(tree_map(mx.zeros_like, model.projector.parameters()))
+    answers = {"0.png": "quite sure of that, " * 3, "3.png": "it"}
+    records = [
+        Record(name, (name,), (Message("user", "", (0,)), Message("assistant", said))) for name, said in answers.items()
+    ]
+    records.append(Record("text", (), (Message("user", "Say it."), Message("assistant", "it" * 9))))
+    layout = RowLayout(store, tiny_tokens(), model.config.projector_config, "sft", 2048)
+    most = max(len(layout.row(record)) for record in records)
+    found = {}
+    for limit in (most, 2048):
+        rows = replace(layout, max_length=limit)
+        found[limit] = evaluate.Evaluator(records, rows, model, settings("sft", lanes=1).resolved()).run(1)
+        assert not found[limit].looks
+    assert found[most].eval_loss == found[2048].eval_loss
+    small, whole = found[most].eval_right, found[2048].eval_right
+    assert small is not None and whole is not None and abs(small - whole) > 1e-4
 
 
 def test_a_compiled_run_learns_the_same(store: Store, tmp_path: Path) -> None:

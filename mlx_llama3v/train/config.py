@@ -60,7 +60,7 @@ class TrainConfig:
         "drop", "Longer rows: left out, cut behind their last picture and answer, or an error.", choices=LONG_ROWS
     )
     pack: bool = _knob(False, "Several short rows share one sequence; pads less from about 32 rows a batch.")
-    seed: int = _knob(0, "Fixes the data order, the fresh weights and the dropout.")
+    seed: int = _knob(0, "Fixes the data order, the fresh weights and the dropout.", high=2**64 - 1)
     tune: str = _knob("lora", "How the decoder learns in stage sft.", choices=("lora", "dora", "full"))
     lora_rank: int = _knob(16, "Rank of the LoRA or DoRA matrices.", low=1)
     lora_scale: float = _knob(2.0, "Factor of the low-rank product (alpha / rank elsewhere).")

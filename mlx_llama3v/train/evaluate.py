@@ -7,7 +7,7 @@ means that the pictures are not used, however well it falls.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
@@ -80,11 +80,17 @@ class Evaluator:
         usable, self.problems = build_rows(records, layout)
         usable = usable[: self._config.val_rows]
         self.rows: list[Row] = [*usable]
-        pictured = any(record.images for record in usable.records)
-        wrong = zip(shuffled(usable.records) if pictured else [], self.rows, strict=False)
-        self._shuffled = [row for record, right in wrong if (row := self._like(record, right))]
-        none = zip(usable.records if pictured else [], self.rows, strict=False)
-        self._blind = [blind(record, layout, right) for record, right in none]
+        pictured, rights = [r for r in usable.records if r.images], [row for row in self.rows if row.images]
+        lent = zip(shuffled(pictured, self._shape), rights, strict=False)
+        wrong = [self._like(record, right) for record, right in lent]
+        # The three are compared on the same rows: pictured ones that the wrong picture does not make too long.
+        kept = [n for n, row in enumerate(wrong) if row is not None] or [*range(len(rights))]
+        self._right = [rights[n] for n in kept]
+        self._shuffled = [row for row in wrong if row is not None]
+        self._blind = [blind(pictured[n], layout, rights[n]) for n in kept]
+
+    def _shape(self, images: tuple[str, ...]) -> Hashable:
+        return tuple(self._layout.store.layout(name) for name in images)
 
     def _like(self, record: Record, right: Row) -> Row | None:
         """Laid out with the targets of `right`; None where its pictures make it too long."""
@@ -99,10 +105,11 @@ class Evaluator:
         training = self._model.training
         self._model.eval()
         try:
-            right, wrong, none = map(self._loss, (self.rows, self._shuffled, self._blind))
+            whole, wrong, none = map(self._loss, (self.rows, self._shuffled, self._blind))
+            right = self._loss(self._right) if 0 < len(self._right) < len(self.rows) else None
         finally:
             self._model.train(training)
-        return Evaluation(step, right or 0.0, wrong, none)
+        return Evaluation(step, whole or 0.0, wrong, none, right)
 
     def _loss(self, rows: Sequence[Row]) -> float | None:
         """Mean over all targets of `rows`; None without rows. Each rank computes some of the batches."""
@@ -119,21 +126,24 @@ class Evaluator:
         return float(total) / float(count) if float(count) else None
 
 
-def shuffled(records: Sequence[Record]) -> list[Record]:
-    """The records with each other's pictures: those of the next record that has as many, and others.
+def shuffled(records: Sequence[Record], shape: Callable[[tuple[str, ...]], Hashable] = len) -> list[Record]:
+    """The records with each other's pictures: those of the next record that has others of that `shape`, or as many.
 
     None where no record has any to lend: their own would pass for wrong ones.
     """
-    groups: dict[int, list[tuple[str, ...]]] = defaultdict(list)
-    for record in records:
-        if record.images not in groups[len(record.images)]:
-            groups[len(record.images)].append(record.images)
+    groups: dict[Hashable, dict[tuple[str, ...], None]] = defaultdict(dict)  # in order
+    for images in dict.fromkeys(record.images for record in records):
+        for key in (("shape", shape(images)), ("count", len(images))):
+            groups[key][images] = None
+    lists = {key: [*group] for key, group in groups.items()}
+    places = {(key, images): n for key, group in lists.items() for n, images in enumerate(group)}
 
     def next_of(images: tuple[str, ...]) -> tuple[str, ...]:
-        group = groups[len(images)]
-        return group[(group.index(images) + 1) % len(group)]
+        key: Hashable = ("shape", shape(images))
+        key = key if len(lists[key]) > 1 else ("count", len(images))
+        return lists[key][(places[key, images] + 1) % len(lists[key])]
 
-    if all(len(group) == 1 for group in groups.values()):
+    if all(next_of(record.images) == record.images for record in records):
         return []
     return [structs.replace(record, images=next_of(record.images)) for record in records]
 

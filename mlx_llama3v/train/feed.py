@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from hashlib import sha256
 
 from mlx_llama3v.config import ModelConfig
 from mlx_llama3v.data.batches import Batch, Order, collate
@@ -53,6 +54,10 @@ class Feed:
     def first(self, step: int) -> int:
         """The first batch of `step`; the last step may have fewer batches than the others."""
         return min(step * self._accumulate, self.total)
+
+    def seed(self, batch: int) -> int:
+        """What dropout draws from there: another stream on each rank, the same whatever was drawn before."""
+        return int.from_bytes(sha256(f"{self._config.seed} {batch} {self._rank}".encode()).digest()[:8], "big")
 
     def batches(self, step: int) -> Generator[list[Batch], None, None]:
         """This rank's part of all batches from `step` on, each in `config.lanes` parts, or fewer where there are not

@@ -44,6 +44,8 @@ def training_job(
     patches = [h * w for h, w in grids]
     most = max(patches, default=0)  # slices are padded to the largest
     weights = sum(value.nbytes for value in parameters(model).values())
+    if learned is None and STAGES[config.stage].trains == "decoder" and config.tune == "full":  # becomes float32
+        weights += sum(4 * value.size - value.nbytes for value in parameters(model.language_model).values())
     args = model.language_model.args
     trains_decoder = STAGES[config.stage].trains == "decoder"
     return TrainJob(

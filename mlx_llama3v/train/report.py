@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -74,26 +75,31 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss on the held-out rows: as they are, with each other's pictures, and without any.
+    """Loss on the held-out rows: as they are, and of those with pictures with each other's, and without any.
 
-    A model that looks has the lowest loss by far on the first. None where rows have no pictures.
+    A model that looks has the lowest loss by far with the right ones. None where rows have no pictures.
     """
 
     step: int
     eval_loss: float
     eval_shuffled: float | None = None
     eval_blind: float | None = None
+    eval_right: float | None = None  # of the rows that the two before are of, where those are not all
 
     @property
     def gap(self) -> float | None:
         """By how much the loss grows without the right pictures, at least; None where rows have none."""
         others = [loss for loss in (self.eval_shuffled, self.eval_blind) if loss is not None]
-        return min(others) - self.eval_loss if others else None
+        return min(others) - self._right if others else None
+
+    @property
+    def _right(self) -> float:
+        return self.eval_loss if self.eval_right is None else self.eval_right
 
     @property
     def looks(self) -> bool:
         """Whether the pictures are used: the gap is more than a hundredth of the loss."""
-        return self.gap is None or self.gap > 0.01 * self.eval_loss
+        return self.gap is None or self.gap > 0.01 * self._right
 
 
 @dataclass(frozen=True)
@@ -186,6 +192,7 @@ class Metrics:
     def add(self, event: Progress | Evaluation | Skipped) -> None:
         """Append one line."""
         line = {key: value for key, value in asdict(event).items() if value is not None}
+        line |= {key: None for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)}
         self.lines.append(line)
         if not self.write:
             return
@@ -204,13 +211,15 @@ def _read(path: Path) -> Iterable[dict[str, Any]]:
 
 def plot(metrics: Metrics, path: Path, title: str) -> None:
     """Draw training and evaluation loss and the learning rate over the steps."""
+    if not any(key in line for line in metrics.lines for key in _CURVES):
+        return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4))  # with fixed margins: to find them would take as long as to draw
     axes = figure.subplots(gridspec_kw={"left": 0.1, "right": 0.86, "bottom": 0.12, "top": 0.92})
     for key, label in _CURVES.items():
-        points = [(line["step"], line[key]) for line in metrics.lines if key in line]
+        points = [(line["step"], line[key]) for line in metrics.lines if line.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 30 else "", linewidth=1.5)
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)

@@ -86,10 +86,14 @@ def save(run_dir: Path, state: State, model: nn.Module, optimizer: Optimizer, ke
     final = folder / f"step-{state.step:07d}"
     partial = folder / f".{final.name}.partial"
     partial.mkdir()
-    save_safetensors_atomic(partial / OPTIMIZER, _state(optimizer))
-    save_safetensors_atomic(partial / WEIGHTS, dict(tree_flatten(model.trainable_parameters())))
-    write_text(partial / STATE, json.dumps(asdict(state), indent=2) + "\n")
-    sync(partial)
+    try:
+        save_safetensors_atomic(partial / OPTIMIZER, _state(optimizer))
+        save_safetensors_atomic(partial / WEIGHTS, dict(tree_flatten(model.trainable_parameters())))
+        write_text(partial / STATE, json.dumps(asdict(state), indent=2) + "\n")
+        sync(partial)
+    except OSError:  # a full disk, which half a checkpoint would keep full
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if final.exists():  # a run that went on from an older checkpoint
         _remove(final)
     os.rename(partial, final)

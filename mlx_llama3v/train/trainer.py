@@ -294,10 +294,7 @@ class _Run:
         *sums, stops = np.array(counts).tolist()
         if math.isfinite(float(loss)) and math.isfinite(float(norm)):
             config = self.config
-            rates = (
-                self._rate(number, config.learning_rate or 0.0),
-                self._rate(number, config.projector_learning_rate),
-            )
+            rates = self._rate(number, config.learning_rate or 0.0), self._rate(number, config.projector_learning_rate)
             step.update(gradients, count, norm, *rates)
             del gradients, total
             mx.eval(self.model.state, self.optimizer.state)
@@ -313,7 +310,9 @@ class _Run:
         total: Any = None
         seen: list[tuple[mx.array, tuple[str, ...]]] = []
         own = Window()
-        for parts in islice(batches, self.feed.first(number + 1) - self.feed.first(number)):
+        first = self.feed.first(number)
+        for batch, parts in enumerate(islice(batches, self.feed.first(number + 1) - first), first):
+            mx.random.seed(self.feed.seed(batch))
             for part, running in [(part, side.start(partial(step.gradients, part))) for part in parts]:
                 found = running.result()
                 total = found if total is None else add(total, found)
