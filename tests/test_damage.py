@@ -11,6 +11,7 @@ import pytest
 
 from mlx_llama3v.embeddings import tools
 from mlx_llama3v.embeddings.damage import Losses
+from mlx_llama3v.embeddings.ranks import Ranks
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.errors import StoreError
@@ -150,3 +151,30 @@ def test_a_merge_tells_what_the_output_lost(tmp_path: Path) -> None:
     found = Losses()
     assert tools.merge([tmp_path / "a"], tmp_path / "c", losses=found)["images"] == 4
     assert len(found.sentences) == 1 and found.left(Store(tmp_path / "c")) == len(held) - 1
+
+
+@pytest.mark.parametrize("how", ["cut", "gone", "another encoder", "another codec"])
+def test_a_manifest_is_written_anew_from_what_the_shards_say(tmp_path: Path, how: str) -> None:
+    """By the `embed` that made them alone: for another one the store is as it was."""
+    shards(tmp_path)
+    file = tmp_path / "manifest.json"
+    before = file.read_text()
+    values = json.loads(before)
+    wanted = {key: values[key] for key in ("fingerprint", "codec", "post")}
+    changed = {"another encoder": {"fingerprint": {"weights": "b"}}, "another codec": {"codec": "int8"}}
+    file.write_text(before[:40] if how == "cut" else json.dumps(values | changed.get(how, {})))
+    if how == "gone":
+        file.unlink()
+    damaged, found = file.read_bytes() if file.exists() else None, Losses()
+    if how in ("cut", "another codec"):
+        with pytest.raises(StoreError):
+            Ranks(tmp_path, found).share({}, **wanted | {"fingerprint": {"weights": "c"}})
+        assert file.read_bytes() == damaged
+    Ranks(tmp_path, found).share({}, **wanted)
+    assert (
+        contents(tmp_path) == expected(range(12))
+        and json.loads(file.read_text())["fingerprint"] == values["fingerprint"]
+    )
+    assert len(found.sentences) == 1 and str(file) in found.sentences[0]
+    Ranks(tmp_path, found).share({}, **wanted)
+    assert len(found.sentences) == 1

@@ -130,7 +130,7 @@ def test_other_settings_than_the_store_s_are_refused_and_block_nothing(tmp_path:
     fill(tmp_path, range(4))
     other = {**FINGERPRINT, "layer": -1}
     with pytest.raises(StoreError, match="layer is -2 there and -1 here"):
-        Ranks(tmp_path).share({}, fingerprint=other)
+        Ranks(tmp_path).share({}, fingerprint=other, codec="float16", post={})
     with StoreWriter(tmp_path / "rank-0-of-2", other) as writer:
         writer.add("9.jpg", sha(9), picture(9))
     losses = Losses()

@@ -11,7 +11,8 @@ from itertools import count
 from pathlib import Path
 
 from mlx_llama3v.embeddings.index import Index, ShardIndex
-from mlx_llama3v.embeddings.shard import read_shard, verify_shard, write_atomic
+from mlx_llama3v.embeddings.lock import Lock
+from mlx_llama3v.embeddings.shard import Shard, read_shard, verify_shard, write_atomic
 from mlx_llama3v.embeddings.store import MANIFEST, Manifest, open_shard, shard_files
 from mlx_llama3v.errors import DamagedError, ManifestError, StoreError
 
@@ -63,6 +64,30 @@ def set_damaged_aside(path: Path, manifest: Manifest, losses: Losses, into: Path
         losses.names |= _lost(indexes, [open_shard(file, manifest).index for _, file in shard_files(path)])
     if noted:
         (path / _NOTES).unlink(missing_ok=True)
+
+
+def mend_manifest(path: Path, wanted: Manifest, losses: Losses) -> None:
+    """Write a manifest anew that was lost or damaged, where every shard that can be read says that `wanted` made it.
+
+    Raises StoreError: another process is writing there, or the disk refuses.
+    """
+    try:
+        differs = Manifest.read(path).differences(
+            {"fingerprint": wanted.fingerprint, "codec": wanted.codec, "post": wanted.post}
+        )
+    except ManifestError:
+        differs = "all"
+    shards: list[Shard] = []
+    for _, file in shard_files(path) if differs and path.is_dir() else ():
+        with suppress(StoreError):
+            shards.append(read_shard(file, whole=False))
+    if shards and all((shard.codec, shard.fingerprint) == (wanted.codec, wanted.digest) for shard in shards):
+        lock = Lock(path)
+        try:
+            wanted.write(path)
+        finally:
+            lock.release()
+        losses.tell(f"{path / MANIFEST} was lost or damaged; it was written anew, as all shards say what made them.")
 
 
 def set_part_aside(part: Path, error: ManifestError, losses: Losses) -> None:

@@ -16,10 +16,10 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_llama3v.embeddings.codec import Fit
-from mlx_llama3v.embeddings.damage import Losses, set_damaged_aside, set_part_aside
+from mlx_llama3v.embeddings.damage import Losses, mend_manifest, set_damaged_aside, set_part_aside
 from mlx_llama3v.embeddings.lock import Lock
 from mlx_llama3v.embeddings.sample import check_names
-from mlx_llama3v.embeddings.store import MANIFEST, Manifest, Store, shard_files
+from mlx_llama3v.embeddings.store import MANIFEST, Manifest, Store, plain, shard_files
 from mlx_llama3v.embeddings.tools import merge
 from mlx_llama3v.errors import ManifestError, StoreError
 from mlx_llama3v.source import Source
@@ -44,9 +44,13 @@ class Ranks:
     def share(self, images: Mapping[str, Source], **wanted: Any) -> dict[str, Source]:
         """This process's part of the pictures: of those that the common store holds, then, in order, of the others.
 
-        `wanted`: settings that the common store must have (Manifest.check); all ranks read the same file and stop
-        alike. Raises StoreError: it has others, or other pictures under these names, or as `collect`.
+        `wanted`: settings that the common store must have (Manifest.check), by which a damaged manifest is mended; all
+        ranks read the same file and stop alike. Raises StoreError: it has others, or other pictures under these names,
+        or as `collect`.
         """
+        if wanted and self.rank == 0:
+            mend_manifest(self._output, Manifest(**plain(wanted)), self._losses)
+        self._wait()
         if (self._output / MANIFEST).exists():
             Manifest.read(self._output).check(self._output, **wanted)
         if self.size > 1 and self.target.exists():

@@ -27,6 +27,7 @@ from mlx_llama3v.errors import ManifestError, StoreError
 
 MANIFEST = "manifest.json"
 FAILURES = "failures.jsonl"
+_NO_MANIFEST = "it is no manifest of an embedding store; the same `embed`, run again, writes it anew"
 _PLACES, _FILES = 4096, 64  # remembered, held open; macOS lets a process have 256 files
 SHARD = re.compile(r"shard-(\d{5,})\.safetensors")
 
@@ -64,14 +65,14 @@ class Manifest:
         except OSError as error:
             raise StoreError(f"{file} cannot be read: {error.strerror or error}.") from error
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ManifestError(f"{file} is damaged: it is not the manifest of an embedding store.") from error
+            raise ManifestError(f"{file} is damaged: {_NO_MANIFEST}.") from error
         if schema != SCHEMA:
             raise StoreError(f"{file} has schema version {schema!r}; this version reads {SCHEMA}: embed anew.")
         kinds = {"fingerprint": dict, "codec": str, "post": dict, "fidelity": dict}
         if {"fingerprint", "codec"} - set(values) or any(
             key not in kinds or not isinstance(value, kinds[key]) for key, value in values.items()
         ):
-            raise ManifestError(f"{file} is damaged: it is not the manifest of an embedding store.")
+            raise ManifestError(f"{file} is damaged: {_NO_MANIFEST}.")
         return cls(**values)
 
     def write(self, path: Path) -> None:
