@@ -9,17 +9,24 @@ encoding at so400m's width, training steps). So models `cut` their graphs, and a
 
 A GPU has one lane, which is the caller's own thread: its queue is filled from there and kept full by asynchronous
 evaluation, and a second one would only take turns with it.
+
+The threads are those of the process, and live as long: MLX has a native thread a stream that outlives the thread it was
+made for (0.32), and MKL 12 MB for each that multiplied. With new ones for each window of pictures, `embed` would end
+after some 100,000 pictures, when the system had no thread left.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -35,9 +42,6 @@ _THREADS = (
     ("MKL_Get_Max_Threads", "MKL_Set_Num_Threads"),
     ("openblas_get_num_threads", "openblas_set_num_threads"),
 )
-# Frees what MKL holds for each thread that ever multiplied there: 12 MB that outlive the thread (measured), which lost
-# 24 MB of every window of pictures that `embed` encoded.
-_FREE = "MKL_Free_Buffers"
 
 
 def default_lanes(items: int) -> int:
@@ -65,11 +69,59 @@ def cut(x: mx.array) -> mx.array:
     return found  # type: ignore[no-any-return]
 
 
+class _Thread:
+    """A thread that does what it is told, in turn, and ends with the process: a daemon, with a stream to give back."""
+
+    def __init__(self, name: str) -> None:
+        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """As an executor's: those threads cannot be asked for anything more when the process ends."""
+        running: Future[T] = Future()
+
+        def do() -> None:
+            try:
+                found = work()
+            except BaseException as error:  # it is for whoever asks
+                running.set_exception(error)
+            else:
+                running.set_result(found)
+
+        self._work.put(do)
+        return running
+
+    def end(self) -> None:
+        """Give the stream back while the thread lives: at exit MLX would abort on it."""
+        self.submit(mx.clear_streams)
+        self._work.put(None)
+        self._thread.join()
+
+    def _loop(self) -> None:
+        while (work := self._work.get()) is not None:
+            work()
+            del work  # and what it holds
+
+
+_threads: list[_Thread] = []  # of all Lanes
+_adding = threading.Lock()
+
+
+def _first(count: int) -> list[_Thread]:
+    """So many of the process's threads; made when they are first wanted."""
+    with _adding:
+        while len(_threads) < count:
+            _threads.append(_Thread(f"lane-{len(_threads)}"))
+            atexit.register(_threads[-1].end)
+        return _threads[:count]
+
+
 class Lanes:
     """Made by `lanes`. Arrays that work takes in must be evaluated: MLX's streams belong to their threads."""
 
     def __init__(self, count: int) -> None:
-        self._threads = [ThreadPoolExecutor(1, f"lane-{n}") for n in range(count)] if count > 1 else []
+        self._threads = _first(count) if count > 1 else []
         self._next = 0
 
     def start(self, make: Callable[[], T]) -> Future[T]:
@@ -86,15 +138,14 @@ class Lanes:
         thread = self._threads[self._next % len(self._threads)]
         self._next += 1
         built: Future[None] = Future()
-        running = thread.submit(_run, make, built)
+        running = thread.submit(partial(_run, make, built))
         built.result()
         return running
 
     def close(self) -> None:
-        """Wait for what runs, and give the streams back while their threads live: at exit MLX would abort on them."""
-        for thread in self._threads:
-            thread.submit(mx.clear_streams)
-            thread.shutdown()
+        """Wait for what runs."""
+        for done in [thread.submit(lambda: None) for thread in self._threads]:
+            done.result()
 
 
 def _run(make: Callable[[], T], built: Future[None]) -> T:
@@ -127,7 +178,5 @@ def lanes(count: int) -> Iterator[Lanes]:
         yield made
     finally:
         made.close()
-        if hasattr(process, _FREE):
-            getattr(process, _FREE)()
         for (_, put), threads in zip(found, before, strict=True):
             getattr(process, put)(threads)
