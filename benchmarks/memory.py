@@ -4,9 +4,11 @@
 
 A LoRA or projector step of random Llamas of several sizes, batches and lengths, with much text and little, with and
 without --grad-checkpoint, in float32, 4-bit and bfloat16 on a CPU, evaluated in a lane as the trainer does: the formula
-beside `mx.get_peak_memory`. First the sizes to which its factors were fitted, then others. Then, from the same formula,
-without measuring: for Llama-3-8B in 4-bit with bfloat16 activations, rows of 1024 tokens (one picture of seven so400m
-slices, 81 visual tokens each), the rows at once that fit three quarters of 16, 24, 36 and 64 GB, and what they take.
+beside `mx.get_peak_memory`. First the sizes to which its factors were fitted, then others; then the other ways of
+tuning (few layers, few kinds of them, dropout, DoRA, all weights), again at fitted sizes and others. Then, from the
+same formula, without measuring: for Llama-3-8B in 4-bit with bfloat16 activations, rows of 1024 tokens (one picture of
+seven so400m slices, 81 visual tokens each), the rows at once that fit three quarters of 16, 24, 36 and 64 GB, and what
+they take.
 `--table`: only that. `--sizes float32`: without the slow ones.
 """
 
@@ -32,7 +34,7 @@ from mlx_llama3v.embeddings.codec import get_codec
 from mlx_llama3v.errors import RunError
 from mlx_llama3v.lanes import lanes
 from mlx_llama3v.model import Llama3V, quantize_decoder
-from mlx_llama3v.plan import Decoder, TrainJob, largest_batch, training_memory
+from mlx_llama3v.plan import Decoder, Learning, TrainJob, largest_batch, training_memory
 from mlx_llama3v.platform import machine
 from mlx_llama3v.projector import Projector
 from mlx_llama3v.tensors import parameters
@@ -77,6 +79,31 @@ OTHERS: tuple[Size, ...] = (
     ((192, 3, 512, 4000, 2, 320), "float32", 0.2),
     ((640, 2, 1792, 12000, 2, 192), "float32", 0.7),
 )
+# Ways of tuning the decoder beside LoRA on all its layers; at sizes to which DoRA's factors were fitted, and others.
+WAYS: dict[str, dict[str, Any]] = {
+    "last block": {"lora_layers": 1},
+    "last two": {"lora_layers": 2},
+    "q and v": {"lora_keys": ("q_proj", "v_proj")},
+    "down": {"lora_keys": ("down_proj",)},
+    "dropout": {"lora_dropout": 0.05},
+    "projector too": {"lora_layers": 1, "tune_projector": True},
+    "DoRA": {"tune": "dora"},
+    "DoRA, dropout": {"tune": "dora", "lora_dropout": 0.05},
+    "full": {"tune": "full"},
+}
+WAYS_FITTED: tuple[Size, ...] = (
+    ((256, 4, 1024, 8000, 3, 384), "float32", 0.5),
+    ((256, 6, 512, 8000, 1, 768), "float32", 0.5),
+    ((256, 4, 1536, 4000, 2, 256), "float32", 0.7),
+    ((512, 3, 1792, 4000, 2, 192), "4-bit", 0.8),
+)
+WAYS_OTHERS: tuple[Size, ...] = (
+    ((384, 4, 1024, 4000, 2, 256), "float32", 0.8),
+    ((256, 5, 1024, 16000, 3, 320), "float32", 0.5),
+    ((128, 6, 512, 2000, 4, 384), "float32", 0.7),
+    ((384, 6, 1024, 24000, 2, 256), "4-bit", 0.3),
+    ((256, 4, 768, 4000, 2, 256), "4-bit", 0.8),
+)
 LLAMA3_8B = Decoder(4096, 32, 14336, 32, 8, 128, 128256)
 MACS = (16, 24, 36, 64)  # GB
 
@@ -103,14 +130,14 @@ def made(size: tuple[int, ...], form: str) -> Llama3V:
 
 
 def measure(
-    size: tuple[int, ...], stage: str, recompute: bool, form: str = "float32", begins: float = 0.5
+    size: tuple[int, ...], stage: str, recompute: bool, form: str = "float32", begins: float = 0.5, **settings: Any
 ) -> tuple[int, TrainJob]:
     """Peak bytes of a step, and the job as the formula takes it; rows of text, whose answer `begins` at that share."""
     gc.collect()  # models are cyclic: those of other measurements would count
     mx.clear_cache()
     others = mx.get_active_memory()  # what else this process holds
     model, (vocab, rows, length) = made(size, form), size[3:]
-    config = TrainConfig(stage=stage, batch_size=rows, lanes=1, grad_checkpoint=recompute).resolved()
+    config = TrainConfig(stage=stage, batch_size=rows, lanes=1, grad_checkpoint=recompute, **settings).resolved()
     learns = prepare(model, config)
     optimizer = adamw(0.0)
     optimizer.init(model.trainable_parameters())
@@ -149,19 +176,25 @@ def measure(
     return peak, training_job(model, config, length, targets=int(supervised.sum()) // rows, learned=learns.count)
 
 
-def compare(kind: str, size: Size) -> list[dict[str, Any]]:
-    """Both stages of one size, blocks kept and recomputed: measured beside the formula; printed, too."""
+def compare(kind: str, size: Size, way: str = "") -> list[dict[str, Any]]:
+    """Both stages of one size, or sft in one of `WAYS`, blocks kept and recomputed: measured beside the formula.
+
+    Printed, too.
+    """
     found = []
     sizes, form, begins = size
-    for stage in ("pretrain", "sft"):
+    settings = WAYS[way] if way else {}
+    for stage in ("sft",) if way else ("pretrain", "sft"):
         for recompute in (False, True):
-            peak, job = measure(sizes, stage, recompute, form, begins)
+            if (recompute and "lora_dropout" in settings) or (form == "4-bit" and way == "full"):
+                continue  # refused by `train`
+            peak, job = measure(sizes, stage, recompute, form, begins, **settings)
             said = training_memory(job).total
-            one = {"kind": kind, "size": size, "stage": stage, "recompute": recompute}
+            one = {"kind": kind, "size": size, "stage": stage, "way": way, "recompute": recompute}
             found.append(one | {"peak": peak, "formula": said, "error": said / peak - 1})
             print(
-                f"{sizes!s:34} {form:8} {begins:3} {stage:8} {'recomputed' if recompute else 'kept':10} measured "
-                f"{peak / 1e6:7.1f} MB, formula {said / 1e6:7.1f} MB ({said / peak - 1:+.1%})",
+                f"{sizes!s:34} {form:8} {begins:3} {way or stage:13} {'recomputed' if recompute else 'kept':10} "
+                f"measured {peak / 1e6:7.1f} MB, formula {said / 1e6:7.1f} MB ({said / peak - 1:+.1%})",
                 flush=True,
             )
     return found
@@ -180,7 +213,8 @@ def llama3_8b(recompute: bool, stage: str) -> TrainJob:
         decoder=d,
         weights=round(0.5625 * linear) + 4 * learned,
         learned=learned,
-        adapted=adapted,
+        decoder_learns=Learning(d.layers) if adapted else None,
+        reached=d.layers,
         rows=1,
         length=1024,
         width=2,
@@ -220,12 +254,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     found: list[dict[str, Any]] = []
-    for kind, sizes in () if args.table else (("fitted", FITTED), ("other", OTHERS)):
+    ways = ("fitted, other ways", WAYS_FITTED, tuple(WAYS)), ("other, other ways", WAYS_OTHERS, tuple(WAYS))
+    for kind, sizes, how in () if args.table else (("fitted", FITTED, ("",)), ("other", OTHERS, ("",)), *ways):
         for size in sizes:
             if args.sizes in ("all", size[1]):
-                found += compare(kind, size)
-        largest = max(abs(one["error"]) for one in found if one["kind"] == kind)
-        print(f"largest error of {kind} sizes {largest:.1%}")
+                found += [one for way in how for one in compare(kind, size, way)]
+        errors = [one["error"] for one in found if one["kind"] == kind]
+        print(f"{kind} sizes: {len(errors)} steps, the formula is {min(errors):+.1%} to {max(errors):+.1%} off")
     macs = table()
     if args.output:
         args.output.write_text(json.dumps({"found": found, "llama3_8b": macs, **machine()}, indent=2) + "\n")

@@ -33,6 +33,29 @@ class Decoder:
     vocab: int
 
 
+# The linear layers of a block, by name within it, and what goes into each: layers that share one share what is kept.
+INPUTS = {
+    "self_attn.q_proj": "states",
+    "self_attn.k_proj": "states",
+    "self_attn.v_proj": "states",
+    "self_attn.o_proj": "heads",
+    "mlp.gate_proj": "hidden",
+    "mlp.up_proj": "hidden",
+    "mlp.down_proj": "middle",
+}
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Which of the decoder's linear layers learn, and how."""
+
+    blocks: int  # counted from the last
+    layers: tuple[str, ...] = tuple(INPUTS)  # of such a block, by name
+    dora: bool = False
+    dropout: bool = False
+    quantized: bool = False  # the frozen weights are packed: DoRA unpacks and keeps them
+
+
 @dataclass(frozen=True)
 class TrainJob:
     """One forward and backward pass, and what lies beside it."""
@@ -40,7 +63,8 @@ class TrainJob:
     decoder: Decoder
     weights: int  # bytes of all weights
     learned: int  # numbers that learn
-    adapted: bool  # the decoder's linear layers learn: their inputs are kept
+    decoder_learns: Learning | None  # the inputs of these layers are kept
+    reached: int  # blocks, from the last, that a gradient goes through
     rows: int
     length: int  # padded tokens of a row
     width: int  # bytes of an activation: 4 float32, 2 bfloat16
@@ -69,47 +93,80 @@ class Memory:
 
 
 # Arrays on top: of the middle width and of states in an MLP, of scores and of states in attention. A block that is
-# recomputed goes forward and back in one piece; with adapters there is more to that.
+# recomputed goes forward and back in one piece; with adapters there is more to that, and more again with DoRA.
 _MLP, _ATTENTION = (5.0, 10.7), (2.8, 11.3)
 _MLP_AGAIN, _ATTENTION_AGAIN = ((5.3, 20.9), (8.0, 25.4)), (_ATTENTION, (4.8, 13.3))
+_DORA = (3.0, 0.0), (0.0, 0.0)
+_DORA_AGAIN = (4.0, 4.0), (1.0, 4.0)
 _LOGITS = 3.4  # of a chunk at the head, in float32, and half of that more beside a 16-bit decoder
 
 
 def training_memory(job: TrainJob) -> Memory:
     """What a step of `job` holds at its peak: at the head, or in a block's MLP or attention on the way back."""
-    d = job.decoder
-    tokens = job.rows * job.length * job.width
-    states, middle, scores = tokens * d.hidden, tokens * d.intermediate, job.rows * d.heads * job.length**2 * job.width
-    attention, mlp = _kept(job)
-    share = job.targets / job.length  # of the last block's MLP; that block is never recomputed
-    before = (d.layers - 1) * (states if job.recompute else attention + mlp)
+    d, learns = job.decoder, job.decoder_learns
+    states = job.rows * job.length * job.width * d.hidden
+    learning = min(learns.blocks, d.layers) if learns else 0
+    attention, mlp = _kept(job, learns)  # of the last block; that block is never recomputed
+    others = max(0, learning - 1)
+    before = others * (attention + mlp) + (job.reached - 1 - others) * sum(_kept(job, None))
+    if learns and learning == job.reached > 1:
+        before -= _idle(job, learns)
+    if job.recompute:
+        before = (job.reached - 1) * states
+    share = job.targets / job.length  # of the last block's MLP
     logits = min(4 * job.rows * job.targets * d.vocab / job.lanes, job.chunk)
+    in_mlp, in_attention = _on_top(job, learns, recompute=False)
     peaks = [
         before + attention + share * mlp + job.lanes * (_LOGITS + 0.5 * (job.width == 2)) * logits,
-        before + attention + share * (mlp + _MLP[0] * middle + _MLP[1] * states),
-        before + attention + _ATTENTION[0] * scores + _ATTENTION[1] * states,
+        before + attention + share * (mlp + in_mlp),
+        before + attention + in_attention,
     ]
-    if d.layers > 1:
-        in_mlp = _MLP_AGAIN[job.adapted] if job.recompute else _MLP
-        in_attention = _ATTENTION_AGAIN[job.adapted] if job.recompute else _ATTENTION
-        block = (d.layers - 2) * states + attention if job.recompute else before - mlp
-        peaks += [
-            block + mlp + in_mlp[0] * middle + in_mlp[1] * states,
-            block + in_attention[0] * scores + in_attention[1] * states,
-        ]
-    learning = 4 * (2 + job.sums) * job.learned
+    if job.reached > 1:
+        other = learns if learning > 1 else None
+        attention, mlp = _kept(job, other)
+        block = before - states + attention if job.recompute else before - mlp
+        # With DoRA a good part of the way back is not gone in the lowest one.
+        whole = job.reached > 2 or not (job.recompute and other and other.dora)
+        in_mlp, in_attention = _on_top(job, other if whole else None, recompute=job.recompute)
+        peaks += [block + mlp + in_mlp, block + in_attention]
+    held = 4 * (2 + job.sums) * job.learned
     # AdamW's update has gradients and means, and makes new weights and means before it lets go of the old ones.
-    update = 4 * (1 + 2 + 3) * job.learned - learning
+    update = 4 * (1 + 2 + 3) * job.learned - held
     return Memory(
         weights=job.weights,
-        learning=learning,
+        learning=held,
         activations=max(update, round(max(peaks)) + job.rows * job.projector),
         patches=_PATCHES * job.rows * job.patches,
     )
 
 
-def _kept(job: TrainJob) -> tuple[int, int]:
-    """Bytes that attention and MLP of a block keep for their gradient."""
+def _idle(job: TrainJob, learns: Learning) -> int:
+    """Bytes that the lowest block need not keep, since nothing below what learns there wants a gradient."""
+    attention, mlp = _kept(job, None)
+    if any(name.startswith("self_attn.") for name in learns.layers):
+        return 0
+    return attention + mlp * (learns.layers == ("mlp.down_proj",))
+
+
+def _on_top(job: TrainJob, learns: Learning | None, *, recompute: bool) -> tuple[float, float]:
+    """Bytes that come and go while the MLP of a block, and its attention, are at work on the way back."""
+    d, names, dora = job.decoder, learns.layers if learns else (), learns is not None and learns.dora
+    width = 4 if dora else job.width  # DoRA is no 16-bit arithmetic
+    tokens = job.rows * job.length * width
+    mlp = _MLP_AGAIN[any(name.startswith("mlp.") for name in names)] if recompute else _MLP
+    attention = _ATTENTION_AGAIN[any(name.startswith("self_attn.") for name in names)] if recompute else _ATTENTION
+    more = (_DORA_AGAIN if recompute else _DORA) if dora else ((0.0, 0.0), (0.0, 0.0))
+    middle, scores = tokens * d.intermediate, job.rows * d.heads * job.length**2 * width
+    # A matrix in float32 whose rows' norms are taken.
+    norms = job.lanes * 4 * max(inputs * outputs for inputs, outputs in linear(d).values()) if dora else 0
+    return (
+        (mlp[0] + more[0][0]) * middle + (mlp[1] + more[0][1]) * tokens * d.hidden + norms,
+        (attention[0] + more[1][0]) * scores + (attention[1] + more[1][1]) * tokens * d.hidden + norms,
+    )
+
+
+def _kept(job: TrainJob, learns: Learning | None) -> tuple[int, int]:
+    """Bytes that attention and MLP of a block, whose linear layers are those that learn, keep for their gradient."""
     d = job.decoder
     tokens = job.rows * job.length * job.width
     states, middle = tokens * d.hidden, tokens * d.intermediate
@@ -117,11 +174,41 @@ def _kept(job: TrainJob) -> tuple[int, int]:
     # The norm's input; queries, keys and values before and after rotation and transposition; probabilities.
     attention = states + q + 4 * kv + job.rows * d.heads * job.length**2 * job.width
     mlp = states + 4 * middle  # the norm's input; gate, its sigmoid, their product, and up
-    if job.adapted:  # what goes into each linear layer
-        attention, mlp = attention + states + q, mlp + states + middle
     if job.width == 2:  # rotated in float32
         attention += q + kv
+    if learns is not None:
+        attention, mlp = attention + _learned(job, learns, "self_attn."), mlp + _learned(job, learns, "mlp.")
     return attention, mlp
+
+
+def _learned(job: TrainJob, learns: Learning, half: str) -> int:
+    """Bytes that linear layers of one half of a block keep because they learn: what goes in, once for all that take it.
+
+    With dropout each has its own, and the mask. DoRA keeps what comes out, to scale it, and unpacked weights, and in a
+    16-bit decoder it takes float32.
+    """
+    tokens, shared, total = job.rows * job.length, set(), 0
+    for name, (inputs, outputs) in linear(job.decoder).items():
+        if not name.startswith(half) or name not in learns.layers:
+            continue
+        number = 4 if learns.dora else job.width
+        if learns.dropout:
+            total += tokens * inputs * (number + job.width)
+        elif number != job.width or INPUTS[name] not in shared:
+            total += tokens * inputs * number
+            shared.add(INPUTS[name])
+        if learns.dora:
+            total += tokens * outputs * job.width
+            total += job.lanes * inputs * outputs * job.width * learns.quantized
+    return total
+
+
+def linear(d: Decoder) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of a block's linear layers, by name."""
+    q, kv = d.heads * d.head_dim, d.kv_heads * d.head_dim
+    attention = ((d.hidden, q), (d.hidden, kv), (d.hidden, kv), (q, d.hidden))
+    mlp = ((d.hidden, d.intermediate), (d.hidden, d.intermediate), (d.intermediate, d.hidden))
+    return dict(zip(INPUTS, attention + mlp, strict=True))
 
 
 _SHARE = 0.75  # of the memory: the rest is for the system, for what else runs, and for what is reckoned too low

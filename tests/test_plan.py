@@ -7,9 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.memory import LLAMA3_8B, llama3_8b, measure
+from benchmarks.memory import LLAMA3_8B, WAYS, llama3_8b, measure
 from mlx_llama3v import plan
 from mlx_llama3v.errors import RunError
+from mlx_llama3v.train.config import TrainConfig
+from mlx_llama3v.train.lora import prepare
+from mlx_llama3v.train.memory import training_job
+from tests.tiny_model import tiny_model
 
 SIZE = (128, 4, 512, 4000, 4, 256)
 
@@ -23,6 +27,26 @@ def test_the_estimate_is_what_a_step_takes(stage: str) -> None:
         peaks.append(peak - job.weights)
     assert peaks[1] < 0.6 * peaks[0], "blocks that are computed again are kept all the same"
     gc.collect()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_estimate_knows_every_way_of_tuning(way: str, recompute: bool) -> None:
+    if recompute and "lora_dropout" in WAYS[way]:
+        pytest.skip("refused: blocks would be computed again with another mask")
+    peak, job = measure(SIZE, "sft", recompute, begins=0.8, **WAYS[way])
+    assert plan.training_memory(job).total == pytest.approx(peak, rel=0.13 if recompute and way == "down" else 0.1)
+    gc.collect()
+
+
+def test_what_learns_is_reckoned_before_it_is_there() -> None:
+    """`--batch-size 0` asks before there are adapters: numbers and bytes are those that come."""
+    for settings in ({"stage": "pretrain"}, {"tune_projector": True}, *WAYS.values()):
+        config = TrainConfig(**{"stage": "sft", "batch_size": 2, **settings}).resolved()
+        model = tiny_model()
+        before = training_job(model, config, 64)
+        learns = prepare(model, config)
+        assert training_job(model, config, 64, learned=learns.count) == before, settings
 
 
 def test_the_largest_batch_fits_three_quarters() -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from mlx_llama3v.config import Grid, ProjectorConfig
 from mlx_llama3v.data.batches import LENGTHS, padded
 from mlx_llama3v.data.rows import Row, Rows
 from mlx_llama3v.model import Llama3V
-from mlx_llama3v.plan import Decoder, TrainJob
+from mlx_llama3v.plan import INPUTS, Decoder, Learning, TrainJob, largest_batch, linear, memory_limit
 from mlx_llama3v.tensors import parameters
-from mlx_llama3v.train.config import STAGES, TrainConfig
+from mlx_llama3v.train.config import MOST_ROWS, STAGES, TrainConfig
 from mlx_llama3v.train.feed import pad_to
 from mlx_llama3v.train.loss import chunk_bytes
 
@@ -44,23 +46,20 @@ def training_job(
     patches = [h * w for h, w in grids]
     most = max(patches, default=0)  # slices are padded to the largest
     weights = sum(value.nbytes for value in parameters(model).values())
-    if learned is None and STAGES[config.stage].trains == "decoder" and config.tune == "full":  # becomes float32
-        weights += sum(4 * value.size - value.nbytes for value in parameters(model.language_model).values())
-    args = model.language_model.args
-    trains_decoder = STAGES[config.stage].trains == "decoder"
+    decoder, decoder_learns = _decoder(model), _decoder_learns(model, config)
+    full = decoder_learns is not None and config.tune == "full"
+    if learned is None:  # adapters are still to come, and what learns as it is becomes float32
+        modules = [model.projector] * learns + [model.language_model] * full
+        values = [value for module in modules for value in parameters(module).values()]
+        adapters = 0 if full else _adapters(config, decoder, decoder_learns)
+        learned = adapters + sum(value.size for value in values)
+        weights += 4 * learned - sum(value.nbytes for value in values)
     return TrainJob(
-        decoder=Decoder(
-            hidden=args.hidden_size,
-            layers=args.num_hidden_layers,
-            intermediate=args.intermediate_size,
-            heads=args.num_attention_heads,
-            kv_heads=args.num_key_value_heads or args.num_attention_heads,
-            head_dim=args.head_dim or args.hidden_size // args.num_attention_heads,
-            vocab=args.vocab_size,
-        ),
+        decoder=decoder,
         weights=weights,
-        learned=_learned(model, config) if learned is None else learned,
-        adapted=trains_decoder,
+        learned=learned,
+        decoder_learns=decoder_learns,
+        reached=decoder_learns.blocks if decoder_learns and not (learns or full) else decoder.layers,
         rows=max(1, config.batch_size),
         length=padded(length, pad_to(config), steps=LENGTHS),
         width=width,
@@ -80,6 +79,14 @@ def job_of(model: Llama3V, config: TrainConfig, row: Row, learned: int | None = 
     return training_job(model, config, len(row), grids, targets=row.targets, learned=learned)
 
 
+def fitted(config: TrainConfig, model: Llama3V, longest: Row) -> TrainConfig:
+    """`config` with the batch size that the memory of this machine holds, where it is 0. Raises RunError."""
+    if config.batch_size:
+        return config
+    batch_size = largest_batch(job_of(model, config, longest), memory_limit(), config.rows_per_step or MOST_ROWS)
+    return replace(config, batch_size=batch_size).resolved()
+
+
 def kept(projector: ProjectorConfig, patches: int) -> int:
     """Numbers that the projector keeps of one slice for its backward pass."""
     hidden, out = projector.hidden_dim, projector.out_dim
@@ -89,17 +96,42 @@ def kept(projector: ProjectorConfig, patches: int) -> int:
     return patches * (projector.in_dim + 4 * out)
 
 
-def _learned(model: Llama3V, config: TrainConfig) -> int:
-    projector = sum(value.size for value in parameters(model.projector).values())
+def _decoder(model: Llama3V) -> Decoder:
+    args = model.language_model.args
+    return Decoder(
+        hidden=args.hidden_size,
+        layers=args.num_hidden_layers,
+        intermediate=args.intermediate_size,
+        heads=args.num_attention_heads,
+        kv_heads=args.num_key_value_heads or args.num_attention_heads,
+        head_dim=args.head_dim or args.hidden_size // args.num_attention_heads,
+        vocab=args.vocab_size,
+    )
+
+
+def _decoder_learns(model: Llama3V, config: TrainConfig) -> Learning | None:
     if STAGES[config.stage].trains == "projector":
-        return projector
-    args, total = model.language_model.args, projector if config.tune_projector else 0
+        return None
+    blocks = model.language_model.args.num_hidden_layers
     if config.tune == "full":
-        return total + sum(value.size for value in parameters(model.language_model).values())
-    head = args.head_dim or args.hidden_size // args.num_attention_heads
-    q, kv = args.num_attention_heads * head, (args.num_key_value_heads or args.num_attention_heads) * head
-    sides = 2 * (args.hidden_size + q) + 2 * (args.hidden_size + kv) + 3 * (args.hidden_size + args.intermediate_size)
-    return total + config.lora_rank * sides * (config.lora_layers or args.num_hidden_layers)
+        return Learning(blocks)
+    wanted = config.lora_keys or ("",)
+    return Learning(
+        blocks=min(config.lora_layers or blocks, blocks),
+        layers=tuple(name for name in INPUTS if any(f".{name}".endswith(f".{key}" if key else "") for key in wanted)),
+        dora=config.tune == "dora",
+        dropout=config.lora_dropout > 0,
+        quantized=any(isinstance(module, nn.QuantizedLinear) for module in model.language_model.modules()),
+    )
+
+
+def _adapters(config: TrainConfig, decoder: Decoder, learns: Learning | None) -> int:
+    """Numbers of LoRA or DoRA matrices."""
+    if learns is None:
+        return 0
+    sides = [linear(decoder)[name] for name in learns.layers]
+    magnitudes = sum(outputs for _, outputs in sides) if learns.dora else 0
+    return learns.blocks * (config.lora_rank * sum(map(sum, sides)) + magnitudes)
 
 
 def activation_dtype(model: Llama3V) -> mx.Dtype:
