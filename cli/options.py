@@ -7,6 +7,7 @@ A knob is written once, as a dataclass field with its default and one line of he
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import tomllib
 from collections.abc import Callable
@@ -64,10 +65,29 @@ def config_file(ctx: typer.Context, path: Path | None) -> Path | None:
         near = {key: get_close_matches(key, known, 1) for key in unknown}
         what = ", ".join(key + (f" (did you mean {near[key][0]}?)" if near[key] else "") for key in unknown)
         raise RunError(f"{path}: {what} is no option of `{ctx.command.name}`.")
-    many = {parameter.name for parameter in ctx.command.params if getattr(parameter, "multiple", False)}
-    values = {key: [value] if key in many and isinstance(value, str) else value for key, value in values.items()}
+    parameters = {parameter.name: parameter for parameter in ctx.command.params}
+    values = {key: _toml_value(ctx, path, parameters[key], value) for key, value in values.items()}
     ctx.default_map = {**(ctx.default_map or {}), **values}
     return path
+
+
+def _toml_value(ctx: typer.Context, path: Path, parameter: Any, value: Any) -> Any:
+    """What an option makes of a value of a TOML file, which is held to the same as on the command line.
+
+    Raises RunError that names the file.
+    """
+    flag, many = getattr(parameter, "is_bool_flag", False), getattr(parameter, "multiple", False)
+    given = value if many and isinstance(value, list) else [value]
+    if any(isinstance(one, bool) != flag for one in given):
+        expected = "true or false" if flag else "a value, since it is no switch"
+        raise RunError(f"{path}: {parameter.name} is {json.dumps(value, default=str)}; expected {expected}.")
+    made = value if flag else [str(one) for one in given] if many else str(value)  # int(1.5) would be 1
+    try:
+        parameter.process_value(ctx, made)
+    except typer.BadParameter as error:
+        what = error.message.rstrip(".")
+        raise RunError(f"{path}: {parameter.name} is {json.dumps(value, default=str)}: {what}.") from error
+    return [str(one) for one in given] if many else value
 
 
 def _config_option(help: str) -> Any:

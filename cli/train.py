@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -133,8 +134,11 @@ def _say(result: TrainResult, dry_run: bool) -> None:
         show.out.print(f"{show.plural(result.steps, 'step')} would be trained; nothing was written.")
     elif result.stopped is not None:
         again = [word for word in sys.argv[1:] if word != "--resume"]
-        show.out.print(f"Stopped after step {result.stopped:,}, which is saved. Go on with:")
-        show.out.print(f"llama3v-mlx {shlex.join([*again, '--resume'])}")
+        how, launcher = ("", "")
+        if "MLX_RANK" in os.environ:
+            how, launcher = " (mlx.launch with its options as before)", "mlx.launch ... -- "
+        show.out.print(f"Stopped after step {result.stopped:,}, which is saved. Go on with{how}:")
+        show.out.print(f"{launcher}llama3v-mlx {shlex.join([*again, '--resume'])}")
         raise typer.Exit(130)
     else:
         print_result(result)
@@ -306,7 +310,10 @@ def print_result(result: TrainResult) -> None:
     """Final loss and where the run is."""
     rows = len(result.problems) + len(result.unseen)
     left_out = f", {show.plural(rows, 'row')} left out" if rows else ""
-    loss = f"last loss {result.last.loss:.3f}" if result.last else "nothing was left to do"
+    if result.skipped:
+        left_out += f", {show.plural(result.skipped, 'step')} skipped"
+    none = "every step that was left was skipped" if result.skipped else "nothing was left to do"
+    loss = f"last loss {result.last.loss:.3f}" if result.last else none
     padding = f", {result.last.padding:.1%} padding" if result.last else ""
     show.out.print(
         f"{show.plural(result.steps, 'step')} on {show.plural(result.rows, 'row')} in {show.duration(result.seconds)}"

@@ -411,7 +411,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(cli: Cli, world: World, tmp_path: Pa
     assert stopped.status == 130 and "stopping after this step" in stopped.err
     step = int(stopped.out[stopped.out.index("Stopped after step ") :].split()[3].rstrip(",").replace(",", ""))
     last = shlex.split(stopped.out.strip().splitlines()[-1])
-    assert last[0] == "llama3v-mlx" and last[-1] == "--resume"
+    assert last[0] == "llama3v-mlx" and last[-1] == "--resume" and "mlx.launch" not in stopped.out
     resumed = cli(*last[1:-1], "--iters", step + 1, "--resume")
     assert resumed.status == 1 and "iters" in resumed.err  # the schedule of the run is another one then
     before = signal.getsignal(signal.SIGINT)

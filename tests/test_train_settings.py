@@ -6,6 +6,7 @@ import json
 import sys
 import tomllib
 from dataclasses import fields, replace
+from datetime import date
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -68,6 +69,32 @@ def test_an_unknown_key_names_the_nearest(tmp_path: Path) -> None:
     assert context.default_map is not None and context.default_map["rows_per_step"] == 128
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("keep = true", "keep is true; expected a value, since it is no switch"),
+        ('keep = "three"', 'keep is "three": .*valid integer'),
+        ("iters = 1.5", "iters is 1.5: .*valid integer"),
+        ("iters = [1, 2]", r"iters is \[1, 2\]: .*valid integer"),
+        ('learning-rate = "fast"', 'learning_rate is "fast": '),
+        ('tune = "qlora"', 'tune is "qlora": .*not one of'),
+        ("pack = 1", "pack is 1; expected true or false"),
+        ("lora-keys = [1, true]", r"lora_keys is \[1, true\]; expected a value"),
+        ("data = 1979-05-27", None),
+    ],
+)
+def test_a_value_of_the_wrong_kind_names_file_and_option(line: str, words: str | None, tmp_path: Path) -> None:
+    """A TOML file is held to what the command line takes: `iters = 1.5` was trained as one step."""
+    (tmp_path / "a.toml").write_text(f'lora-keys = "q_proj"\n{line}\n' if "keys" not in line else line)
+    context = _context("train")
+    if words is None:
+        config_file(context, tmp_path / "a.toml")
+        assert context.default_map == {"lora_keys": ["q_proj"], "data": date(1979, 5, 27)}
+        return
+    with pytest.raises(RunError, match=rf"a\.toml: {words}"):
+        config_file(context, tmp_path / "a.toml")
+
+
 def test_sft_takes_over_what_it_should(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = TrainConfig(max_seq_length=512, seed=7, val_split=0.1, learning_rate=0.5, batch_size=64)
     (tmp_path / "config.json").write_text(json.dumps({"train": config.to_dict(), "model": "m"}))
@@ -88,6 +115,27 @@ def test_sft_takes_over_what_it_should(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(RunError, match=r"config\.json is damaged"):
         command._before(tmp_path)
+
+
+def test_the_last_lines_say_what_was_skipped_and_how_to_go_on(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run(settings(iters=1), store, tmp_path / "run")
+    command._say(replace(result, skipped=2), dry_run=False)
+    command._say(replace(result, skipped=1, last=None), dry_run=False)
+    command._say(replace(result, last=None), dry_run=False)
+    said = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("Run:")]
+    assert "2 steps skipped; last loss" in said[0]
+    assert said[1].endswith("1 step skipped; every step that was left was skipped.")
+    assert said[2].endswith("; nothing was left to do.")
+    monkeypatch.setattr(sys, "argv", ["llama3v-mlx", "train", "--data", "a b.json"])
+    for environment, start in (({}, ""), ({"MLX_RANK": "0"}, "mlx.launch ... -- ")):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(typer.Exit):
+            command._say(replace(result, stopped=3), dry_run=False)
+        again = capsys.readouterr().out.splitlines()[-1]
+        assert again == f"{start}llama3v-mlx train --data 'a b.json' --resume"
 
 
 @pytest.fixture(scope="module")

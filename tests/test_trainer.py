@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from mlx_llama3v.data.records import Record
 from mlx_llama3v.data.rows import RowLayout, build_rows
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.errors import DataError, RunError
-from mlx_llama3v.model import quantize_decoder
+from mlx_llama3v.model import Llama3V, quantize_decoder
 from mlx_llama3v.tensors import parameters
 from mlx_llama3v.text.prompt import Message
-from mlx_llama3v.train import evaluate
+from mlx_llama3v.train import evaluate, memory
 from mlx_llama3v.train.config import TrainConfig
-from mlx_llama3v.train.evaluate import hold_out, shuffled
+from mlx_llama3v.train.evaluate import Evaluator, hold_out, shuffled
 from mlx_llama3v.train.feed import Feed
 from mlx_llama3v.train.report import Callbacks, Evaluation, Progress, Start
 from tests.tiny_model import tiny_model, tiny_tokens
@@ -397,7 +398,42 @@ def test_a_row_whose_picture_cannot_be_decoded_is_not_trained(store: Store, tmp_
     assert ours.last.loss == pytest.approx(theirs.last.loss, rel=1e-5)
     lossy.gone = frozenset(store.names) - {"0.png"}  # most steps have no row
     few = run(settings(iters=12, batch_size=1), lossy, tmp_path / "few", records=records)
-    assert few.last is not None and few.last.skipped == 0
+    assert few.last is not None and few.last.skipped > 0 and 0 < few.skipped < 12
+
+
+def test_a_step_without_rows_changes_nothing(store: Store, tmp_path: Path) -> None:
+    """AdamW would move the weights by its means, and shrink them."""
+    lossy, records = Lossy(store.path), captions(6)
+    config = settings(iters=6, batch_size=1, weight_decay=0.5, save_every=1, keep=9)
+    lossy.gone = frozenset({"1.png"})
+    result = run(config, lossy, tmp_path / "run", records=records)
+    name = "checkpoints/step-{:07d}/weights.safetensors"
+    weights = [(tmp_path / "run" / name.format(step)).read_bytes() for step in range(1, 7)]
+    (empty,) = (line["step"] for line in lines(tmp_path / "run") if "skipped_rows" in line)
+    same = [step for step, pair in enumerate(pairwise(weights), 2) if pair[0] == pair[1]]
+    assert same == [empty] and result.skipped == 1
+
+
+@pytest.mark.parametrize(("tune", "computes"), [("full", mx.bfloat16), ("dora", mx.float32), ("lora", mx.bfloat16)])
+def test_an_evaluation_computes_as_a_step_does(
+    tune: str, computes: mx.Dtype, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What learns is held in float32; a 16-bit decoder would be evaluated in another type than it is trained in."""
+    seen: list[set[mx.Dtype]] = []
+    evaluate = Evaluator.run
+
+    def types(model: Llama3V) -> set[mx.Dtype]:
+        return {value.dtype for _, value in tree_flatten(model.language_model.trainable_parameters())}
+
+    def look(self: Any, step: int) -> Any:
+        seen.append(types(model))
+        return evaluate(self, step)
+
+    monkeypatch.setattr(Evaluator, "run", look)
+    model = tiny_model(scale=1.0)
+    model.language_model.set_dtype(mx.bfloat16)
+    run(settings("sft", iters=2, tune=tune, val_split=0.2), store, tmp_path / "run", model=model)
+    assert seen == [{computes}] and types(model) == {mx.float32}
 
 
 def test_the_projector_learns_with_its_own_rate(store: Store, tmp_path: Path) -> None:
@@ -444,13 +480,11 @@ def tiny_quantized() -> Any:
 def test_the_batch_size_can_follow_from_the_memory(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_llama3v import plan
-
     seen: list[Start] = []
     config = settings(batch_size=0, rows_per_step=8, iters=1)
-    monkeypatch.setattr(plan, "memory_limit", lambda: 1 << 40)
+    monkeypatch.setattr(memory, "memory_limit", lambda: 1 << 40)
     run(config, store, tmp_path / "roomy", callbacks=Callbacks(started=seen.append))
-    monkeypatch.setattr(plan, "memory_limit", lambda: 1)
+    monkeypatch.setattr(memory, "memory_limit", lambda: 1)
     with pytest.raises(RunError, match=r"one row of .* tokens needs about"):
         run(config, store, tmp_path / "tight")
     assert (seen[0].batch_size, seen[0].batches_per_step) == (8, 1)

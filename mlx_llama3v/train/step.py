@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -56,6 +58,16 @@ class Step:
         """One optimizer step (lazy) with gradients summed over `count` targets, whose mean has that norm."""
         set_rates(self._optimizer, rate, projector_rate)
         self._apply(gradients, count, norm)
+
+    @contextmanager
+    def rounded(self) -> Iterator[None]:
+        """Within, the model holds what learns as a step computes with it: an evaluation there sees the same numbers."""
+        learned = self._model.trainable_parameters()
+        self._model.update(self._rounded(learned))
+        try:
+            yield
+        finally:
+            self._model.update(learned)
 
     def _sum_gradients(
         self, targets: mx.array, supervised: mx.array, picks: mx.array, segments: mx.array | None, *inputs: Any

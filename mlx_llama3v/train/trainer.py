@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -24,7 +24,7 @@ import numpy as np
 from mlx_llama3v import plan
 from mlx_llama3v.data.batches import Batch
 from mlx_llama3v.data.records import Problem, Record
-from mlx_llama3v.data.rows import Row, RowLayout, build_rows
+from mlx_llama3v.data.rows import RowLayout, build_rows
 from mlx_llama3v.embeddings.lock import Lock
 from mlx_llama3v.embeddings.store import Reader, described
 from mlx_llama3v.errors import DataError, RunError
@@ -35,11 +35,11 @@ from mlx_llama3v.tensors import parameters, save_safetensors_atomic, write_text
 from mlx_llama3v.text.prompt import describe
 from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.train import resume as checkpointing
-from mlx_llama3v.train.config import MOST_ROWS, TrainConfig
+from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.train.evaluate import Evaluator, hold_out
 from mlx_llama3v.train.feed import Feed
 from mlx_llama3v.train.lora import Trainable, adapter_weights, prepare
-from mlx_llama3v.train.memory import job_of, longest_row
+from mlx_llama3v.train.memory import fitted, job_of, longest_row
 from mlx_llama3v.train.optim import adamw, learning_rate
 from mlx_llama3v.train.ranks import all_sum, gather, require_agreement
 from mlx_llama3v.train.report import METRICS, Callbacks, Evaluation, Metrics, Progress, Skipped, Start, Window, plot
@@ -63,6 +63,7 @@ class TrainResult:
     seconds: float
     stopped: int | None = None  # after which step, where `Callbacks.stop` asked for it
     unseen: tuple[Problem, ...] = ()  # rows that were left out when their turn came (Feed.unseen)
+    skipped: int = 0  # steps of the whole run that changed nothing
 
 
 def train(
@@ -140,6 +141,7 @@ class _Run:
         self.sample = tuple(describe(self.rows[0].rendered, tokens))
         self.tokens = tokens
         self.window = Window()
+        self.metrics = Metrics(self.path / METRICS)
         self.drawn = -1  # lines of metrics in the last picture
         self.last: Progress | None = None
         self.evaluation: Evaluation | None = None
@@ -203,6 +205,7 @@ class _Run:
             seconds=self.window.before,
             stopped=stopped,
             unseen=tuple(self.feed.unseen.values()),
+            skipped=sum("skipped_rows" in line for line in self.metrics.lines),
         )
 
     def _checkpoint(self, resume: bool) -> Path | None:
@@ -270,7 +273,8 @@ class _Run:
             if last or now % config.steps_per_report == 0:
                 self._report(now)
             if self.evaluator.rows and (last or (config.steps_per_eval and now % config.steps_per_eval == 0)):
-                self._evaluate(now)
+                with step.rounded():
+                    self._evaluate(now)
             if (config.save_every and (last or now % config.save_every == 0)) or (stop and not last):
                 self._save(now)
             if stop and not last:
@@ -292,7 +296,10 @@ class _Run:
         norm = step.norm(gradients, count)
         mx.eval(loss, count, norm, gradients, counts)
         *sums, stops = np.array(counts).tolist()
-        if math.isfinite(float(loss)) and math.isfinite(float(norm)):
+        if not float(count):  # all rows were left out: AdamW's means would move the weights all the same
+            self.window.skipped += 1
+            self.metrics.add(Skipped(number + 1, ()))
+        elif math.isfinite(float(loss)) and math.isfinite(float(norm)):
             config = self.config
             rates = self._rate(number, config.learning_rate or 0.0), self._rate(number, config.projector_learning_rate)
             step.update(gradients, count, norm, *rates)
@@ -388,12 +395,3 @@ class _Run:
         if config := self.trainable.adapter_config:
             save_safetensors_atomic(self.path / "adapters.safetensors", adapter_weights(self.model))
             write_text(self.path / "adapter_config.json", json.dumps(config, indent=2) + "\n")
-
-
-def fitted(config: TrainConfig, model: Llama3V, longest: Row) -> TrainConfig:
-    """`config` with the batch size that the memory of this machine holds, where it is 0."""
-    if config.batch_size:
-        return config
-    most = config.rows_per_step or MOST_ROWS
-    batch_size = plan.largest_batch(job_of(model, config, longest), plan.memory_limit(), most)
-    return replace(config, batch_size=batch_size).resolved()
