@@ -28,6 +28,7 @@ from mlx_llama3v.train.step import Step, add
 from tests.ranks import LAUNCH, launch
 from tests.test_loss import assert_same, found, numbers, prepared, rows_of
 from tests.test_reference import rows_of as reference_rows
+from tests.test_resume import outcome
 from tests.tiny_model import tiny_model, tiny_tokens
 from tests.tiny_run import chats, make_store, run, settings, short_run
 
@@ -163,8 +164,14 @@ def test_one_rank_is_two_ranks(store: Store, tmp_path: Path) -> None:
     code = "import tests.without_torch, runpy; runpy.run_module('tests.tiny_run', run_name='__main__')"
     done = launch(sys.executable, "-c", code, str(two), str(store.path))
     assert done.returncode == 0 and (two / "sft" / "adapters.safetensors").exists(), done.stdout + done.stderr
+    whole, parted = outcome(two / "parted-0"), outcome(two / "parted-3")
+    cut = parted.pop("checkpoints/step-0000003/weights.safetensors")
+    assert parted.pop("checkpoints/step-0000003/optimizer.safetensors") and cut != whole["adapters.safetensors"]
+    assert parted == whole, "resumed on two ranks, the run is another than the uninterrupted one"
     for stage, name in (("pretrain", "projector.safetensors"), ("sft", "adapters.safetensors")):
         short_run(stage, store, one / stage)
+        mine, theirs = (load_file(path / stage / "gradients.safetensors") for path in (one, two))
+        assert_same({k: np.array(v) for k, v in mine.items()}, {k: np.array(v) for k, v in theirs.items()})
         mine, theirs = load_file(one / stage / name), load_file(two / stage / name)
         for key, value in mine.items():
             np.testing.assert_allclose(np.array(theirs[key]), np.array(value), atol=2e-4, err_msg=key)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import pytest
 
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.errors import RunError
-from mlx_llama3v.train import ranks, resume
+from mlx_llama3v.train import ranks, resume, trainer
 from mlx_llama3v.train.report import Callbacks, Progress, Start
 from tests.tiny_run import chats, make_store, run, settings
 
@@ -22,6 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return make_store(tmp_path_factory.mktemp("store"))
+
+
+# Fields of metrics.jsonl that are not the same in any two runs.
+MEASURED = {"rows_per_second", "tokens_per_second", "images_per_second", "peak_memory", "seconds"}
 
 
 class Killed(Exception):
@@ -41,10 +48,23 @@ def outcome(run_dir: Path) -> dict[str, Any]:
     files = [*run_dir.glob("*.safetensors"), *run_dir.glob("checkpoints/*/*.safetensors")]
     found: dict[str, Any] = {str(file.relative_to(run_dir)): file.read_bytes() for file in files}
     found["metrics"] = [
-        {key: line[key] for key in ("step", "loss", "grad_norm", "learning_rate", "tokens", "padding")}
-        for line in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+        {key: value for key, value in json.loads(line).items() if key not in MEASURED}
+        for line in (run_dir / "metrics.jsonl").read_text().splitlines()
     ]
     return found
+
+
+@contextmanager
+def spoiled(row: str) -> Iterator[None]:
+    """Within, the loss of a batch with that row is no number."""
+    real = trainer.Step.gradients
+
+    def gradients(step: Any, batch: Any) -> Any:
+        loss, count, found = real(step, batch)
+        return loss * float("nan") if row in batch.row_ids else loss, count, found
+
+    with mock.patch.object(trainer.Step, "gradients", gradients):
+        yield
 
 
 @pytest.mark.parametrize(
@@ -53,6 +73,9 @@ def outcome(run_dir: Path) -> dict[str, Any]:
         ("pretrain", {}),
         ("sft", {"lora_dropout": 0.3, "grad_accumulation_steps": 2, "steps_per_report": 3}),
         ("sft", {"tune": "dora", "lora_layers": 1, "save_every": 3, "steps_per_report": 5}),
+        ("sft", {"tune": "full", "val_split": 0.25, "steps_per_eval": 3, "weight_decay": 0.1}),
+        ("sft", {"tune_projector": True, "projector_learning_rate": 1e-3, "val_split": 0.25, "steps_per_eval": 4}),
+        ("pretrain", {"pack": True, "lanes": 2}),
     ],
 )
 def test_resumed_is_uninterrupted(stage: str, over: dict[str, Any], store: Store, tmp_path: Path) -> None:
@@ -64,6 +87,23 @@ def test_resumed_is_uninterrupted(stage: str, over: dict[str, Any], store: Store
     run(config, store, tmp_path / "cut", resume=True, callbacks=Callbacks(started=started.append))
     assert 0 < started[0].done < 10
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+def test_skipped_steps_and_evaluations_are_those_of_an_uninterrupted_run(store: Store, tmp_path: Path) -> None:
+    """One bad row an epoch of five steps; the report in the making when the run is killed counts one of them."""
+    config = settings(iters=20, val_split=0.2, steps_per_eval=3, steps_per_report=5, save_every=4, on_nan="skip")
+    with spoiled("row-7"):
+        whole = run(config, store, tmp_path / "whole")
+        with pytest.raises(Killed):
+            run(config, store, tmp_path / "cut", callbacks=killed_at(10))
+        cut = run(config, store, tmp_path / "cut", resume=True)
+    expected = outcome(tmp_path / "whole")
+    lines = expected["metrics"]
+    skipped = [line["step"] for line in lines if "skipped_rows" in line]
+    assert len(skipped) > 2 and skipped[0] <= 8 < skipped[-1], "before the checkpoint and after"
+    assert sum("eval_shuffled" in line for line in lines) == 7
+    assert sum(line.get("skipped", 0) for line in lines) == len(skipped) == whole.skipped == cut.skipped
+    assert outcome(tmp_path / "cut") == expected
 
 
 def test_a_lost_optimizer_state_is_noticed(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """A training run of seconds: random pictures in a store, a tiny model, records whose answers name the picture.
 
-`python -m tests.tiny_run DIRECTORY STORE` does the short run of each stage; the process may be one of several ranks.
+`python -m tests.tiny_run DIRECTORY STORE` does the short run of each stage, and one with dropout, whole and in two
+parts; the process may be one of several ranks.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mlx_llama3v.config import Encoded
 from mlx_llama3v.data.records import Record
@@ -21,6 +24,7 @@ from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.text.prompt import Message
 from mlx_llama3v.train import trainer
 from mlx_llama3v.train.config import TrainConfig
+from mlx_llama3v.train.report import Callbacks
 from mlx_llama3v.train.trainer import TrainResult, train
 from tests.tiny_model import D_VISION, PLAIN, SPLIT, tiny_model, tiny_tokens
 
@@ -95,18 +99,33 @@ def run(config: TrainConfig, store: Store, path: Path, *, drawn: bool = False, *
     return train(config, model, tiny_tokens(), store, records, path, **over)
 
 
-def long_settings() -> TrainConfig:
-    """Long enough to be killed on the way, with dropout, so that the random state matters."""
-    return settings("sft", lora_dropout=0.2, iters=20, keep=50)
-
-
 def short_run(stage: str, store: Store, path: Path) -> None:
-    """Steps of two batches, the last of which has a single row."""
+    """Steps of two batches, the last of which has a single row; the first step's gradients are written, too."""
     config = settings(stage, iters=0, epochs=2, batch_size=5, val_split=0.2, grad_accumulation_steps=2, clip=0.5)
     records = [record for record in chats(31) if record.id != "row-30"]
-    run(replace(config, learning_rate=3e-3), store, path, records=records)
+    update, first = trainer.Step.update, path / "gradients.safetensors"
+
+    def seen(step: Any, gradients: Any, count: mx.array, *how: Any) -> None:
+        if mx.distributed.init().rank() == 0 and not first.exists():
+            mx.save_safetensors(str(first), {name: value / count for name, value in tree_flatten(gradients)})
+        update(step, gradients, count, *how)
+
+    with mock.patch.object(trainer.Step, "update", seen):
+        run(replace(config, learning_rate=3e-3), store, path, records=records)
+
+
+def parted_run(store: Store, path: Path, stop_after: int) -> TrainResult:
+    """With dropout: stopped after a step, where that is not 0, and resumed."""
+    config = settings("sft", lora_dropout=0.3, learning_rate=1e-2, iters=8, save_every=0)
+    if stop_after:
+        steps = iter(range(1, 9))
+        run(config, store, path, callbacks=Callbacks(stop=lambda: next(steps) == stop_after))
+    return run(config, store, path, resume=bool(stop_after))
 
 
 if __name__ == "__main__":
+    directory, store = Path(sys.argv[1]), Store(sys.argv[2])
     for stage in ("pretrain", "sft"):
-        short_run(stage, Store(sys.argv[2]), Path(sys.argv[1]) / stage)
+        short_run(stage, store, directory / stage)
+    for stop_after in (0, 3):
+        parted_run(store, directory / f"parted-{stop_after}", stop_after)
