@@ -397,6 +397,30 @@ def test_train_both_stages_and_use_them(cli: Cli, world: World, tmp_path: Path) 
     refused(cli("fuse", "--model", world.model, "--run", world.model, "--output", tmp_path / "x"), "is not a run")
 
 
+def test_rows_that_are_too_long_are_told_before_the_first_step(cli: Cli, world: World, tmp_path: Path) -> None:
+    """By id, ten of each at most; cut, left out or refused, as asked."""
+    answers = {f"row-{n}": "a red circle " * (1 if n < 3 else 40) for n in range(16)}
+    first = json.loads(world.data.captions.read_text())[0]
+    rows = [
+        {**first, "id": name, "conversations": [first["conversations"][0], {"from": "gpt", "value": answer}]}
+        for name, answer in answers.items()
+    ]
+    (tmp_path / "long.json").write_text(json.dumps(rows))
+    words = {"truncate-text": "shortened: record row-", "drop": "left out: record row-"}
+    for how in ("truncate-text", "drop", "error"):
+        said = cli(
+            "train", "--model", world.model, "--data", tmp_path / "long.json", "--embeddings", world.store, "--output",
+            tmp_path / how, "--iters", 1, "--long-rows", how, "--max-seq-length", 100, "--dry-run",
+        )  # fmt: skip
+        if how == "error":
+            refused(said, "13 of 16 rows have more than 100 tokens", "row-3", "and 3 more")
+            continue
+        told = [line for line in said.err.splitlines() if words[how] in line]
+        assert said.status == 0 and len(told) == 10 and "... and 3 more" in said.err
+        assert all(f"row-{n}" in line and " tokens" in line for n, line in enumerate(told, 3))
+        assert f"{16 if how == 'truncate-text' else 3} rows (none over" in said.err
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(cli: Cli, world: World, tmp_path: Path) -> None:
     output = tmp_path / "run"
 

@@ -145,6 +145,13 @@ def test_batches_are_a_function_of_their_number(store: Store) -> None:
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(row.id for row in rows)
     assert epochs[0] != epochs[1]
     assert batches(3) == found[3:]
+    seeds = [
+        Feed(rows, store, model.config, replace(config, seed=seed), rank, 2).seed(batch)
+        for seed in (0, 1)
+        for rank in (0, 1)
+        for batch in (0, 1)
+    ]
+    assert len({*seeds}) == 8 and Feed(rows, store, model.config, config, 0, 2).seed(0) == seeds[0]
 
 
 def test_a_run_is_not_overwritten(store: Store, tmp_path: Path) -> None:
