@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ceiling import Product, ceiling, flops
 
 from mlx_llama3v.config import ImageConfig, TilingConfig, VisionConfig
 
@@ -140,8 +141,8 @@ def transformers(weights: Path, config: VisionConfig, pixels: np.ndarray, reside
     return run
 
 
-def products(config: VisionConfig, batch: int) -> list[tuple[int, int, tuple[int, int, int]]]:
-    """The tower's matrix products: (how often, in groups of, (rows, inner, columns))."""
+def products(config: VisionConfig, batch: int) -> list[Product]:
+    """The tower's matrix products."""
     P, D, L, inner = config.grid**2, config.hidden_size, config.num_hidden_layers, config.intermediate_size
     rows, heads, head = batch * P, config.num_attention_heads, D // config.num_attention_heads
     return [
@@ -152,47 +153,6 @@ def products(config: VisionConfig, batch: int) -> list[tuple[int, int, tuple[int
         (L, batch * heads, (P, head, P)),
         (L, batch * heads, (P, P, head)),
     ]
-
-
-def flops(config: VisionConfig, batch: int, attention: bool = True) -> float:
-    """Of one forward pass; without `attention`, of its products with weights only."""
-    counted = [product for product in products(config, batch) if attention or product[1] == 1]
-    return sum(2.0 * n * groups * a * b * c for n, groups, (a, b, c) in counted)
-
-
-def ceiling(config: VisionConfig, batch: int, clock: Clock) -> Callable[[], float]:
-    """Seconds of all products of one forward pass; each shape is timed once and multiplied."""
-    import mlx.core as mx
-
-    from mlx_llama3v.platform import default_dtype, device_name
-
-    # A GPU is asked for several products at a time: waiting for one would take as long as it does. Attention, which is
-    # one kernel there that never writes its scores, counts as if at the rate of all other products.
-    gpu = device_name() != "cpu"
-    times, fused = (8, flops(config, batch) / flops(config, batch, attention=False)) if gpu else (1, 1.0)
-    operands = []
-    for count, groups, (a, b, c) in products(config, batch):
-        if gpu and groups > 1:
-            continue
-        x, w = mx.random.normal((times, groups, a, b)), mx.random.normal((c, b))
-        if groups > 1:
-            w = mx.random.normal((groups, c, b))
-        else:
-            x = x[:, 0]
-        x, w = x.astype(default_dtype()), w.astype(default_dtype())
-        parts = [x[n] for n in range(times)]
-        mx.eval(parts, w)
-        operands.append((count, parts, w))
-
-    def run() -> float:
-        total = 0.0
-        for count, parts, w in operands:
-            start = clock()
-            mx.eval([x @ mx.swapaxes(w, -1, -2) for x in parts])
-            total += count / times * (clock() - start)
-        return total * fused
-
-    return run
 
 
 def make(directory: Path, config: VisionConfig) -> None:
@@ -215,7 +175,7 @@ def work(role: str, directory: Path, config: VisionConfig, batch: int, clock: Cl
         make(directory, config)
         return say(ready=True)
     if role == "ceiling":
-        timed = ceiling(config, batch, clock)
+        timed = ceiling(products(config, batch), clock)
         timed()
     else:
         try:
@@ -306,7 +266,7 @@ def measure(size: str, batch: int, rounds: int, clock: str, resident: bool) -> d
         "rounds": rounds,
         "clock": clock,
         "resident": resident,
-        "gflop_per_slice": flops(config, batch) / batch / 1e9,
+        "gflop_per_slice": flops(products(config, batch)) / batch / 1e9,
         "load_average": os.getloadavg()[0],
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS", "not set"),
         "seconds": seconds,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ceiling import Product
 
 from mlx_llama3v.config import VisionConfig
 
@@ -33,6 +34,28 @@ def llama(hidden: int, layers: int) -> dict[str, Any]:
         "max_position_embeddings": 2048,
         "tie_word_embeddings": False,
     }
+
+
+def products(tower: VisionConfig, hidden: int, layers: int) -> list[Product]:
+    """The matrix products of a LoRA step from the store.
+
+    Forward, and back to the inputs: frozen weights have no gradient. The head is for answers alone, and is computed
+    again on the way back. Of each LoRA matrix the gradient, too.
+    """
+    config, length = llama(hidden, layers), tower.grid**2 + TEXT
+    tokens, heads, head = BATCH * length, config["num_attention_heads"], 64
+    inner, kv = config["intermediate_size"], config["num_key_value_heads"] * head
+    linear = [(2, hidden, hidden), (2, hidden, kv), (2, hidden, inner), (1, inner, hidden)]
+    found: list[Product] = []
+    for count, into, out in linear:
+        n = count * layers
+        found += [(n, 1, (tokens, into, out)), (n, 1, (tokens, out, into))]
+        found += [(n, 1, (tokens, into, RANK)), (n, 1, (tokens, RANK, out))]
+        found += [(n, 1, (tokens, out, RANK)), (n, 1, (tokens, RANK, into))]
+        found += [(n, 1, (RANK, tokens, out)), (n, 1, (into, tokens, RANK))]
+    found += [(3 * layers, BATCH * heads, (length, head, length)), (3 * layers, BATCH * heads, (length, length, head))]
+    answers = BATCH * ANSWER
+    return [*found, (2, 1, (answers, hidden, VOCAB)), (1, 1, (answers, VOCAB, hidden))]
 
 
 def rows(tower: VisionConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -4,7 +4,8 @@
 
 The same random weights (Llama with `--hidden` 512, 8 layers, vocabulary 128256; LLaVA-1.5's two-layer projector; a
 SigLIP tower at 224 px) and the same rows (the tower's patches and 64 text tokens, half of them answers, batch 4),
-LoRA of rank 16 on all linear layers, AdamW. float32 on a CPU; on a GPU frozen weights are bfloat16. Each peer runs in
+LoRA of rank 16 on all linear layers, AdamW. The ceiling is the time of the matrix products of our step alone, at their
+own shapes (ceiling.py). float32 on a CPU; on a GPU frozen weights are bfloat16. Each peer runs in
 a process of its own; the median of `--rounds` steps after one that warms up is taken. Memory is what MLX reports at
 its peak (for PyTorch: what it allocated on the GPU; on a CPU what the process held at its peak beyond what it held
 when everything was imported), and the same without the weights.
@@ -32,8 +33,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ceiling import ceiling, flops
 from step_peers import mlx_vlm, transformers
-from step_work import BATCH, IMAGE_ID, RANK, SCALE, TOWERS, Step, llama, make_weights, part, rows
+from step_work import BATCH, IMAGE_ID, RANK, SCALE, TOWERS, Step, llama, make_weights, part, products, rows
 
 from mlx_llama3v.config import (
     Encoded,
@@ -46,7 +48,7 @@ from mlx_llama3v.config import (
     llama_config,
 )
 
-PEERS = ("ours", "ours encoding", "full logits", "mlx-vlm", "mlx-vlm 4x1", "transformers")
+PEERS = ("ours", "ceiling", "ours encoding", "full logits", "mlx-vlm", "mlx-vlm 4x1", "transformers")
 LANES = ExitStack()  # for the life of a process: a context that nobody holds would end, and its threads with it
 
 
@@ -188,6 +190,11 @@ def child(args: argparse.Namespace, work: Path) -> None:
         from mlx_llama3v.platform import load_blas
 
         load_blas()
+    if args.child == "ceiling":
+        timed, work_done = ceiling(shapes := products(TOWERS[args.tower], args.hidden, args.layers)), flops(shapes)
+        seconds = statistics.median([timed() for _ in range(args.rounds + 1)][1:])
+        print(json.dumps({"seconds": seconds, "gflop": work_done / 1e9}))
+        return
     before = held()
     run, size = peers[args.child](args, work) if args.child in peers else ours(args, work, args.child)
     losses, times = [run()], []
@@ -250,8 +257,16 @@ def main() -> None:
 
 
 def show(peer: str, results: dict[str, Any]) -> None:
-    """One line a peer; ratios are to mlx-vlm where it has run, else to ours."""
+    """One line a peer; ratios are to ours, where it has run."""
     found = results[peer]
+    if peer == "ceiling":
+        rate, ours = found["gflop"] / found["seconds"], results.get("ours", found)
+        print(
+            f"{peer:14} {1000 * found['seconds']:8.1f} ms, the matrix products of a step alone: {found['gflop']:.1f} "
+            f"GFLOP at {rate:.1f} GFLOP/s; our step is at {found['seconds'] / ours['seconds']:.0%} of it",
+            flush=True,
+        )
+        return
     above = found["peak"] - found["weights"]
     base = results.get("ours", found)
     print(
