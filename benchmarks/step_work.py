@@ -39,8 +39,8 @@ def llama(hidden: int, layers: int) -> dict[str, Any]:
 def products(tower: VisionConfig, hidden: int, layers: int) -> list[Product]:
     """The matrix products of a LoRA step from the store.
 
-    Forward, and back to the inputs: frozen weights have no gradient. The head is for answers alone, and is computed
-    again on the way back. Of each LoRA matrix the gradient, too.
+    Forward, and back to the inputs: frozen weights have no gradient. The head is for answers alone. Of each LoRA matrix
+    the gradient, too.
     """
     config, length = llama(hidden, layers), tower.grid**2 + TEXT
     tokens, heads, head = BATCH * length, config["num_attention_heads"], 64
@@ -55,7 +55,7 @@ def products(tower: VisionConfig, hidden: int, layers: int) -> list[Product]:
         found += [(n, 1, (RANK, tokens, out)), (n, 1, (into, tokens, RANK))]
     found += [(3 * layers, BATCH * heads, (length, head, length)), (3 * layers, BATCH * heads, (length, length, head))]
     answers = BATCH * ANSWER
-    return [*found, (2, 1, (answers, hidden, VOCAB)), (1, 1, (answers, VOCAB, hidden))]
+    return [*found, (1, 1, (answers, hidden, VOCAB)), (1, 1, (answers, VOCAB, hidden))]
 
 
 def rows(tower: VisionConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
