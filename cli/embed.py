@@ -139,6 +139,8 @@ def _check_all_read(strict: bool, count: int, what: str) -> None:
 def print_estimate(found: Estimate, store: Path) -> None:
     """The whole answer as two tables."""
     _print_problems(found.problems, "")
+    for sentence in found.damage:
+        show.err.print(f"{sentence}; its pictures count as not stored.")
     volume, speed = found.volume, found.speed
     rate = f" ({1 / speed.slice_seconds:,.1f} slices/s, {speed.slices} timed)" if speed.slices else ""
     rows = [

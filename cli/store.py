@@ -10,7 +10,7 @@ import typer
 from mlx_llama3v.cli import show
 from mlx_llama3v.embeddings import tools
 from mlx_llama3v.embeddings.damage import Losses
-from mlx_llama3v.embeddings.store import Store
+from mlx_llama3v.embeddings.store import MANIFEST, Store
 from mlx_llama3v.errors import StoreError
 from mlx_llama3v.storing import picture_names
 
@@ -52,8 +52,10 @@ def verify(store: Path_) -> None:
         found = tools.verify(store, lambda done, total: bar.update(done, total, ""))
     for why in found.values():
         show.warn(why)
+    if shards := len(found.keys() - {MANIFEST}):
+        raise StoreError(f"{store}: {show.plural(shards, 'shard')} damaged or unreadable; all others are whole.")
     if found:
-        raise StoreError(f"{store}: {show.plural(len(found), 'shard')} damaged or unreadable; all others are whole.")
+        raise StoreError(f"{store}: its manifest is another store's; all shards are whole.")
     opened = Store(store)
     show.out.print(
         f"{store}: {show.plural(len(opened), 'image')} in {show.plural(len(opened.shards), 'shard')}, all whole."

@@ -26,7 +26,7 @@ from mlx_llama3v.embeddings.codec import CODECS, get_codec
 from mlx_llama3v.embeddings.sample import check_names, evenly
 from mlx_llama3v.embeddings.store import MANIFEST, Store
 from mlx_llama3v.embeddings.writer import Post
-from mlx_llama3v.errors import ImageError, StoreError, size
+from mlx_llama3v.errors import DamagedError, ImageError, StoreError, size
 from mlx_llama3v.source import Source
 from mlx_llama3v.vision.encode import Encoder
 from mlx_llama3v.vision.image import image_size
@@ -104,6 +104,7 @@ class Estimate:
     reused: int  # pictures that the store holds already; all below is of the others
     unreadable: Mapping[str, str]  # name -> reason
     problems: tuple[Problem, ...]  # of the data and of its pictures
+    damage: tuple[str, ...]  # a sentence a shard that `embed` would set aside: its pictures are to be made anew
     volume: Volume
     speed: Speed
     seconds: float  # for all pictures
@@ -119,17 +120,22 @@ class Estimate:
         volume = values.pop("volume") | {"bytes": dict(self.volume.bytes)}
         fits = {name: size <= self.free for name, size in self.volume.bytes.items()}
         left_out = {"unreadable": dict(self.unreadable), "problems": list(map(str, self.problems))}
-        return values | volume | {"fits": fits} | left_out
+        return values | volume | {"fits": fits, "damage": [*self.damage]} | left_out
 
 
 def missing(
-    pictures: Mapping[str, Source], store: Path, encoder: Encoder, codec: str, post: Post | None
+    pictures: Mapping[str, Source],
+    store: Path,
+    encoder: Encoder,
+    codec: str,
+    post: Post | None,
+    damage: list[DamagedError],
 ) -> dict[str, Source]:
-    """What `embed` would encode: all but what the store, if it is there, holds. Raises StoreError where `embed` would:
-    made with other settings, other pictures of these names."""
+    """What `embed` would encode: all but what whole shards of the store, if it is there, hold; `damage` takes the
+    others. Raises StoreError where `embed` would: made with other settings, other pictures of these names."""
     if not (store / MANIFEST).exists():
         return dict(pictures)
-    there, described = Store(store), {} if post is None else post.describe()
+    there, described = Store(store, damage=damage), {} if post is None else post.describe()
     there.manifest.check(store, fingerprint=encoder.fingerprint(), codec=codec, post=described)
     held = {name: source for name, source in pictures.items() if name in there}
     check_names(store, [*held.items()], there.sha_of)

@@ -23,7 +23,7 @@ from mlx_llama3v.embeddings.shard import write_atomic
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.encoder import load_encoder, load_post, stored_pool
-from mlx_llama3v.errors import DataError, StoreError
+from mlx_llama3v.errors import DamagedError, DataError, StoreError
 from mlx_llama3v.estimate import Estimate, Form
 from mlx_llama3v.hub import resolve
 from mlx_llama3v.platform import machine, peak_memory
@@ -75,12 +75,12 @@ def estimate_data(
     progress: Callable[[int, int], None] | None = None,
 ) -> Estimate:
     """What `embed_data` with these settings would cost. Reads headers, and encodes a few batches. Raises UserError."""
-    read = read_data(data, allow_outside=allow_outside)
-    pictures = read.pictures(image_folder, allow_outside=allow_outside)
+    read, pictures = _pictures(data, output, image_folder, allow_outside)
     encoder = load_encoder(model, max_slices=max_slices, offline=offline)
     config = load_config(resolve(model, offline=offline))
     post = load_post(config, pool, after_projector)
-    left = estimate.missing(pictures, output, encoder, codec, post)
+    damage: list[DamagedError] = []
+    left = estimate.missing(pictures, output, encoder, codec, post, damage)
     form = _form(config, max_slices, pool, after_projector)
     found = estimate.scan(left, config.image, progress=progress)
     volume = estimate.volume(found.sizes, form)
@@ -92,6 +92,7 @@ def estimate_data(
         reused=len(pictures) - len(left),
         unreadable=found.unreadable,
         problems=(*read.problems, *(Problem(name, why) for name, why in found.unreadable.items())),
+        damage=tuple(error.finding for error in damage),
         volume=volume,
         speed=speed,
         seconds=estimate.duration(volume, speed, workers),

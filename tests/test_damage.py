@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from mlx_llama3v.embeddings.ranks import Ranks
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.errors import StoreError
-from tests.test_store import FINGERPRINT, contents, expected, fill, sha
+from tests.test_store import FINGERPRINT, contents, expected, fill, picture, sha
 
 
 def damage(file: Path, at: int = -5) -> None:
@@ -87,6 +88,42 @@ def test_a_flipped_bit_in_what_names_the_encoder_is_damage(tmp_path: Path, word:
     assert losses(tmp_path).names == held and file.with_name(f"{file.name}.damaged").exists()
     fill(tmp_path, range(12))
     assert contents(tmp_path) == expected(range(12))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"codec": "int8"}, r"all 4 whole shards have the codec 'float16', it says 'int8'"),
+        ({"fingerprint": {"weights": "b"}}, r"all 4 whole shards have an encoder or processing \(\w{12}\)"),
+    ],
+)
+def test_a_manifest_that_all_shards_contradict_is_what_is_wrong(
+    change: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    files = shards(tmp_path)
+    manifest = tmp_path / "manifest.json"
+    whole = manifest.read_text()
+    manifest.write_text(json.dumps(json.loads(whole) | change))
+    for file in files[4:]:
+        file.unlink()
+    (why,) = (found := tools.verify(tmp_path)).values()
+    assert [*found] == ["manifest.json"] and re.search(words, why) and "run again, writes it anew" in why
+    assert not (tmp_path / "damage.json").exists()
+    damage(files[1])
+    assert [*tools.verify(tmp_path)] == ["manifest.json", files[1].name]
+    assert [*json.loads((tmp_path / "damage.json").read_text())] == [files[1].name]
+    damage(files[1])
+    other = {key: value for key, value in json.loads(whole).items() if key in ("fingerprint", "codec", "post")}
+    Ranks(tmp_path).share({}, **other)  # what `embed` begins with
+    assert not tools.verify(tmp_path) and manifest.read_text() != whole  # its fidelity is gone
+    fill(tmp_path / "b", range(12))
+    (tmp_path / "b" / "manifest.json").write_text(json.dumps(json.loads(whole) | {"fingerprint": {"weights": "b"}}))
+    with StoreWriter(tmp_path / "c", {"weights": "b"}) as writer:
+        writer.add("a", sha(0), picture(0))
+    (tmp_path / "b" / "shard-00000.safetensors").write_bytes((tmp_path / "c" / files[0].name).read_bytes())
+    assert set(tools.verify(tmp_path / "b")) == {file.name for file in (tmp_path / "b").glob("shard-*")} - {
+        files[0].name
+    }, "one shard is the manifest's: the others came from elsewhere"
 
 
 def test_names_elsewhere_of_lost_pictures_are_lost_too(tmp_path: Path) -> None:

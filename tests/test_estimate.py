@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ from mlx_llama3v.data.sources import FilePart, Refused
 from mlx_llama3v.embeddings.codec import CODECS
 from mlx_llama3v.embeddings.embed import EmbedProgress
 from mlx_llama3v.embeddings.store import Store
-from mlx_llama3v.errors import ImageError, StoreError
+from mlx_llama3v.errors import ImageError, StoreError, UserError
 from mlx_llama3v.estimate import Form
 from mlx_llama3v.storing import _form, embed_data, estimate_data
 from mlx_llama3v.vision.pool import Pool
@@ -160,6 +161,41 @@ def test_what_embed_refuses_the_estimate_refuses(model: Path, photos: Path, tmp_
                 ask(**options)
             said.append(str(caught.value))
         assert said[0] == said[1], change
+
+
+def test_a_place_or_data_that_embed_refuses_the_estimate_refuses(model: Path, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.json").write_text(
+        json.dumps([{"id": "a", "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}])
+    )
+    for data, output, words in (
+        (photos, model, "holds a model or a run"),
+        (tmp_path / "text.json", tmp_path / "store", "names no picture"),
+    ):
+        said = []
+        for ask in (embed_data, estimate_data):
+            with pytest.raises(UserError, match=words) as caught:
+                ask(model, data, output)
+            said.append(str(caught.value))
+        assert said[0] == said[1]
+
+
+def test_pictures_of_a_damaged_shard_are_to_be_made_anew(
+    cli: Cli,  # noqa: F811
+    model: Path,
+    photos: Path,
+    tmp_path: Path,
+) -> None:
+    store = tmp_path / "store"
+    embed_data(model, photos, store, codec="int8", shard_bytes=100_000)
+    first = sorted(store.glob("shard-*"))[0]
+    held = sum(shard.index.name_count for shard in Store(store).shards if shard.path == first)
+    os.truncate(first, first.stat().st_size - 4)
+    found = estimate_data(model, photos, store, codec="int8")
+    assert (found.reused, found.volume.pictures) == (6 - held, held) and 0 < held < 6
+    assert len(found.damage) == 1 and str(first) in found.damage[0] and first.exists()
+    said = cli("embed", "--model", model, "--data", photos, "--output", store, "--codec", "int8", "--estimate")
+    assert said.status == 0 and f"{first} is damaged" in said.err and "its pictures count as not stored." in said.err
+    assert embed_data(model, photos, store, codec="int8").summary.new == held
 
 
 def test_the_index_takes_no_more_than_is_said(tmp_path: Path) -> None:

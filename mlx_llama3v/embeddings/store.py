@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from mlx_llama3v.config import Encoded, SliceLayout
 from mlx_llama3v.embeddings.codec import Codec, Fit, Parts, get_codec, misfit, saturate, width
 from mlx_llama3v.embeddings.index import Index, distinct_layouts
 from mlx_llama3v.embeddings.shard import SCHEMA, OpenFile, Shard, damaged, read_shard, verify_shard, write_atomic
-from mlx_llama3v.errors import ManifestError, StoreError
+from mlx_llama3v.errors import DamagedError, ManifestError, StoreError
 
 MANIFEST = "manifest.json"
 FAILURES = "failures.jsonl"
@@ -129,11 +129,17 @@ def described(store: Reader) -> dict[str, Any]:
 class Store:
     """A store opened for reading. Headers are read once, here; pictures when they are asked for."""
 
-    def __init__(self, path: str | Path, fingerprint: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        fingerprint: Mapping[str, Any] | None = None,
+        damage: list[DamagedError] | None = None,
+    ) -> None:
         """Open the store at `path`.
 
         Args:
             fingerprint: the encoder's, where it is known; a store made with another one is refused.
+            damage: takes damaged shards, which are left out then; else they are refused.
 
         Raises:
             StoreError: no store there, another fingerprint or codec, a damaged shard.
@@ -143,11 +149,20 @@ class Store:
         if fingerprint is not None:
             self.manifest.check(self.path, fingerprint=fingerprint)
         self.codec = get_codec(self.manifest.codec)
-        self.shards = tuple(open_shard(file, self.manifest) for _, file in shard_files(self.path))
+        self.shards = tuple(self._opened(damage))
         self.index = Index(shard.index for shard in self.shards)
         self._place = lru_cache(_PLACES)(self.index.find_name)  # what is announced is read a moment later
         self._file = lru_cache(_FILES)(OpenFile)  # a batch comes from many shards
         self.failures = read_failures(self.path)
+
+    def _opened(self, damage: list[DamagedError] | None) -> Iterator[Shard]:
+        for _, file in shard_files(self.path):
+            try:
+                yield open_shard(file, self.manifest)
+            except DamagedError as error:
+                if damage is None:
+                    raise
+                damage.append(error)
 
     @property
     def fingerprint(self) -> dict[str, Any]:

@@ -9,32 +9,60 @@ from typing import Any
 from mlx_llama3v.config import Encoded, SliceLayout
 from mlx_llama3v.embeddings.damage import Losses, note_damage
 from mlx_llama3v.embeddings.lock import Lock
-from mlx_llama3v.embeddings.shard import Picture, Shard, clear_leftovers, verify_shard, write_shard
-from mlx_llama3v.embeddings.store import Manifest, Store, open_shard, read_failures, shard_files, write_failures
+from mlx_llama3v.embeddings.shard import Picture, Shard, clear_leftovers, read_shard, verify_shard, write_shard
+from mlx_llama3v.embeddings.store import (
+    MANIFEST,
+    Manifest,
+    Store,
+    open_shard,
+    read_failures,
+    shard_files,
+    write_failures,
+)
 from mlx_llama3v.embeddings.writer import StoreWriter
-from mlx_llama3v.errors import StoreError
+from mlx_llama3v.errors import ManifestError, StoreError
 
 Progress = Callable[[int, int], None]  # shards done, of how many
 
 
 def verify(path: Path, progress: Progress | None = None) -> dict[str, str]:
     """Read everything and compare the checksums: file name -> what is wrong with it, for every shard that is damaged or
-    cannot be read.
+    cannot be read, or for the manifest where all others agree on other settings.
 
     The damaged ones are noted in the store for the next `embed`, which sets them aside and makes their pictures anew.
     Raises StoreError: no store there, of another version.
     """
     manifest, files, found = Manifest.read(path), shard_files(path), dict[str, StoreError]()
+    made, own = set[tuple[str, str]](), False  # settings of other shards; whether any has the manifest's
     for number, (_, file) in enumerate(files):
         try:
             open_shard(file, manifest)
+            own = True
             verify_shard(file)
         except StoreError as error:
             found[file.name] = error
+            if isinstance(error, ManifestError):
+                shard = read_shard(file)
+                made.add((shard.codec, shard.fingerprint))
         if progress is not None:
             progress(number + 1, len(files))
+    if len(made) == 1 and not own:  # not all shards of a store came from elsewhere
+        ((codec, fingerprint),) = made
+        others = {name: error for name, error in found.items() if not isinstance(error, ManifestError)}
+        found = {MANIFEST: _wrong(path, manifest, codec, fingerprint, len(found) - len(others)), **others}
     note_damage(path, found)
     return {name: str(error) for name, error in found.items()}
+
+
+def _wrong(path: Path, manifest: Manifest, codec: str, fingerprint: str, shards: int) -> ManifestError:
+    """Of a manifest that is not that of its shards."""
+    theirs = f"the codec {codec!r}" if codec != manifest.codec else f"an encoder or processing ({fingerprint[:12]})"
+    ours = f"{manifest.codec!r}" if codec != manifest.codec else f"another ({manifest.digest[:12]})"
+    count = f"all {shards} whole shards have" if shards > 1 else "the one whole shard has"
+    return ManifestError(
+        f"{path / MANIFEST} is not that of its shards: {count} {theirs}, it says {ours}; the `embed` that made "
+        "the store, run again, writes it anew."
+    )
 
 
 def prune(path: Path, keep: Collection[str], progress: Progress | None = None) -> tuple[int, int]:
