@@ -15,8 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def launch(*command: str) -> subprocess.CompletedProcess[str]:
     """`command` on two ranks, run from the repository's root."""
+    return subprocess.run(launching(*command), capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+def launching(*command: str) -> list[str]:
+    """What `launch` runs."""
     options = ["-n", "2", "--backend", "ring", "--starting-port", str(_free_ports(2)), "--"]
-    return subprocess.run([str(LAUNCH), *options, *command], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    return [str(LAUNCH), *options, *command]
 
 
 def _free_ports(count: int) -> int:

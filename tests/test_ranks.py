@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,7 @@ from mlx_llama3v.source import Source
 from mlx_llama3v.storing import embed_data
 from mlx_llama3v.weights import TINY
 from mlx_llama3v.weights.convert import convert
-from tests.ranks import LAUNCH, launch
+from tests.ranks import LAUNCH, ROOT, launch, launching
 from tests.test_store import FINGERPRINT, contents, expected, fill, picture, sha
 
 CLI = Path(sys.executable).with_name("llama3v-mlx")
@@ -50,10 +53,61 @@ def test_two_ranks_fill_one_store(tmp_path: Path) -> None:
     assert [*two.failures] == [*one.failures] == ["gone.png"]
     assert not [*(tmp_path / "two").glob("rank-*")] and len(two.shards) > 1
     for name in one.names:
-        np.testing.assert_allclose(two.read(name).patches, one.read(name).patches, atol=0.05)  # a code at most
+        np.testing.assert_allclose(two.read(name).patches, one.read(name).patches, rtol=0.03, atol=0.05)  # a code
     for shard in (*one.shards, *two.shards):  # each rank looked at the same sample
         np.testing.assert_array_equal(shard.channels["channel.scale"], one.shards[0].channels["channel.scale"])
     assert one.info()["fidelity"] == two.info()["fidelity"]
+
+
+_SLOWLY = """
+import sys, time
+import tests.without_torch
+from pathlib import Path
+from mlx_llama3v.storing import embed_data
+from mlx_llama3v.vision.encode import Encoder
+
+model, data, folder, output, pause, codec = sys.argv[1:]
+encode = Encoder.encode_as
+
+def slowly(*given, **settings):
+    time.sleep(float(pause))
+    return encode(*given, **settings)
+
+Encoder.encode_as = slowly
+embed_data(model, Path(data), Path(output), image_folder=Path(folder), codec=codec, shard_bytes=40_000, batch_size=4)
+"""
+
+
+@pytest.mark.skipif(not LAUNCH.exists(), reason="mlx.launch is not installed")
+def test_a_killed_rank_costs_no_more_than_its_shard(tmp_path: Path) -> None:
+    """Real processes: one is killed with some shards done, and the other ends; the run that follows makes the rest."""
+    data = draw(tmp_path / "data", 40, 9, 4)
+    model = convert(TINY / "siglip", TINY / "llama", tmp_path / "model").path
+    embed_data(model, data.captions, tmp_path / "one", image_folder=data.images, codec="int8")
+    command = [sys.executable, "-c", _SLOWLY, str(model), str(data.captions), str(data.images), str(tmp_path / "two")]
+    running = subprocess.Popen(
+        launching(*command, "0.3", "int8"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    )
+    part, until = tmp_path / "two" / "rank-1-of-2", time.monotonic() + 60
+    while not len([*part.glob("shard-*")]) > 1:
+        assert running.poll() is None and time.monotonic() < until, "it was not seen at work"
+        time.sleep(0.02)
+    os.kill(json.loads((part / ".lock").read_text())["pid"], signal.SIGKILL)
+    running.communicate(timeout=60)
+    assert not verify(part), "what is complete is whole"
+    made = {sha for shard in Store(part).shards for _, sha in shard.index.names()}
+    assert 0 < len(made) < 20
+    refused = launch(*command, "0", "int4")
+    assert "codec is 'int8' there and 'int4' here" in refused.stderr, refused
+    assert made <= {Store(tmp_path / "two").sha_of(name) for name in Store(tmp_path / "two").names}
+    done = launch(*command, "0", "int8")
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = Store(tmp_path / "one"), Store(tmp_path / "two")
+    assert set(one.names) == set(two.names) and len(two) == 40 and not verify(tmp_path / "two")
+    assert sum(shard.index.pictures for shard in two.shards) == two.info()["images"] == 40, "one is there twice"
+    assert not [*(tmp_path / "two").glob("rank-*")]
+    for name in one.names:
+        np.testing.assert_allclose(two.read(name).patches, one.read(name).patches, rtol=0.03, atol=0.05)  # a code
 
 
 def test_moved_shards_leave_their_store(tmp_path: Path) -> None:

@@ -51,11 +51,11 @@ class Ranks:
         if wanted and self.rank == 0:
             mend_manifest(self._output, Manifest(**plain(wanted)), self._losses)
         self._wait()
-        if (self._output / MANIFEST).exists():
-            Manifest.read(self._output).check(self._output, **wanted)
+        self._check(wanted)
         if self.size > 1 and self.target.exists():
             Lock(self.target).release()  # what a killed process of this host left there, rank 0's host must believe
         self.collect()  # parts of a run that was killed
+        self._check(wanted)  # where there was no common store before
         if self.size == 1:
             return dict(images)
         there, left = list[str](), [*images]
@@ -65,6 +65,10 @@ class Ranks:
             check_names(self._output, [(name, images[name]) for name in there], have.sha_of)
         self._wait()  # nobody writes before all have read
         return {name: images[name] for names in (there, left) for name in names[self.rank :: self.size]}
+
+    def _check(self, wanted: Mapping[str, Any]) -> None:
+        if (self._output / MANIFEST).exists():
+            Manifest.read(self._output).check(self._output, **wanted)
 
     def fit(self) -> Fit | None:
         """Of the common store, if it has one: what is added to it is coded in the same way. Raises StoreError."""
