@@ -153,7 +153,7 @@ def _on_top(job: TrainJob, learns: Learning | None, *, recompute: bool) -> tuple
     d, names, dora = job.decoder, learns.layers if learns else (), learns is not None and learns.dora
     width = 4 if dora else job.width  # DoRA is no 16-bit arithmetic
     tokens = job.rows * job.length * width
-    mlp = _MLP_AGAIN[any(name.startswith("mlp.") for name in names)] if recompute else _MLP
+    mlp = _MLP_AGAIN[not {"mlp.gate_proj", "mlp.up_proj"}.isdisjoint(names)] if recompute else _MLP
     attention = _ATTENTION_AGAIN[any(name.startswith("self_attn.") for name in names)] if recompute else _ATTENTION
     more = (_DORA_AGAIN if recompute else _DORA) if dora else ((0.0, 0.0), (0.0, 0.0))
     middle, scores = tokens * d.intermediate, job.rows * d.heads * job.length**2 * width

@@ -35,7 +35,7 @@ def test_the_estimate_knows_every_way_of_tuning(way: str, recompute: bool) -> No
     if recompute and "lora_dropout" in WAYS[way]:
         pytest.skip("refused: blocks would be computed again with another mask")
     peak, job = measure(SIZE, "sft", recompute, begins=0.8, **WAYS[way])
-    assert plan.training_memory(job).total == pytest.approx(peak, rel=0.13 if recompute and way == "down" else 0.1)
+    assert plan.training_memory(job).total == pytest.approx(peak, rel=0.1)
     gc.collect()
 
 
