@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mlx_llama3v.demo.dataset import DataSet, draw
 from mlx_llama3v.embeddings.codec import get_codec
@@ -113,6 +114,34 @@ def test_killed_thirty_times(model: Path, data: DataSet, tmp_path: Path) -> None
         # Batches differ with where a run begins, and so does float rounding: never more than one code.
         np.testing.assert_allclose(mine.patches, other.patches, atol=0.05)
     assert not [path for path in store.iterdir() if path.suffix == ".tmp"]
+
+
+_PEAK = """
+import sys
+import tests.without_torch
+from pathlib import Path
+from mlx_llama3v.platform import peak_memory
+from mlx_llama3v.storing import embed_data
+
+model, photos, output = sys.argv[1:]
+embed_data(model, Path(photos), Path(output), codec="int8", batch_size=4)
+print(peak_memory())
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_pictures(model: Path, tmp_path: Path) -> None:
+    """Real processes: 48 more, of 6 MB each when decoded, take less than 48 MB."""
+    peaks = []
+    for count in (16, 64):
+        photos = tmp_path / f"photos-{count}"
+        photos.mkdir()
+        for n in range(count):
+            Image.new("RGB", (2000, 1000), (n, 2 * n, 255 - n)).save(photos / f"{n}.png", compress_level=1)
+        code = [sys.executable, "-c", _PEAK, str(model), str(photos), str(tmp_path / f"store-{count}")]
+        done = subprocess.run(code, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+        peaks.append(int(done.stdout))
+        assert len(Store(tmp_path / f"store-{count}")) == count
+    assert peaks[1] - peaks[0] < 48e6, peaks
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small disk: Linux, root")
