@@ -5,7 +5,8 @@
 JPEG photos of 640x480 and 4000x3000 are drawn at the start, each file its own content. For each size:
 
 (1) slices a second of the tower alone on slices in memory, and of `embed` from the files to the finished store, on the
-same tower (random weights); `--encode 0.1` takes a tenth of the photos for that.
+same tower (random weights); `--encode 0.1` takes a tenth of the photos for that. Beside it, the seconds that
+`embed --estimate` said.
 (2) the same with a device that is not this CPU: it only waits, `--device-rate` slices a second, as a GPU would.
 (3) pictures a second with an encoder that costs nothing, beside Pillow's own limit with as many threads: opening,
 converting and resizing to the same sizes, nothing else; plain, and decoding JPEGs small (draft) as `embed` does. All
@@ -29,8 +30,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mlx_llama3v import estimate
 from mlx_llama3v.config import Grid, ImageConfig, TilingConfig, VisionConfig
 from mlx_llama3v.embeddings.embed import EmbedSummary, embed_images
+from mlx_llama3v.embeddings.sample import evenly
 from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.platform import default_dtype, machine, peak_memory
 from mlx_llama3v.vision.encode import Encoder, Form
@@ -163,7 +166,10 @@ def input_side(free: Device, images: Images, threads: int) -> dict[str, float]:
 
 
 def with_tower(encoder: Encoder, images: Images, workers: int) -> dict[str, float]:
-    """The tower alone before and after `embed`, since machines change their speed."""
+    """The tower alone before and after `embed`, since machines change their speed; and what --estimate said."""
+    sizes = estimate.scan(dict(images), encoder.image).sizes
+    volume = estimate.volume(sizes, estimate.Form(encoder.vision, encoder.tiling))
+    speed = estimate.measure(evenly([path for _, path in images], 4 * BATCH), encoder, BATCH)
     measure = alone(encoder, images)
     rates = [measure()]
     summary = embed(encoder, images, workers)
@@ -175,6 +181,7 @@ def with_tower(encoder: Encoder, images: Images, workers: int) -> dict[str, floa
         "alone_slices_per_s": statistics.mean(rates),
         "embed_slices_per_s": rate,
         "ratio": rate / statistics.mean(rates),
+        "estimated_seconds_of_real": estimate.duration(volume, speed, workers) / summary.seconds,
         "waiting_share": summary.waiting_seconds / summary.seconds,
         "padding_share": 1 - summary.patches / summary.rows,
     }

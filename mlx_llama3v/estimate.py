@@ -27,6 +27,7 @@ from mlx_llama3v.embeddings.sample import check_names, evenly
 from mlx_llama3v.embeddings.store import MANIFEST, Store
 from mlx_llama3v.embeddings.writer import Post
 from mlx_llama3v.errors import DamagedError, ImageError, StoreError, size
+from mlx_llama3v.platform import device_name
 from mlx_llama3v.source import Source
 from mlx_llama3v.vision.encode import Encoder
 from mlx_llama3v.vision.image import image_size
@@ -335,6 +336,7 @@ def _runs(pictures: Mapping[str, Source]) -> dict[str, Source]:
 
 
 def duration(volume: Volume, speed: Speed, workers: int) -> float:
-    """Seconds for all: encoding and preparing overlap, the slower one counts."""
+    """Seconds for all. A GPU encodes while the cores prepare: the slower one counts; a CPU does both with its cores."""
     cores = max(1, min(workers, os.cpu_count() or 1))
-    return max(volume.patches * speed.encode_seconds, volume.pictures * speed.prepare_seconds / cores)
+    parts = volume.patches * speed.encode_seconds, volume.pictures * speed.prepare_seconds / cores
+    return sum(parts) if device_name() == "cpu" else max(parts)

@@ -198,6 +198,14 @@ def test_pictures_of_a_damaged_shard_are_to_be_made_anew(
     assert embed_data(model, photos, store, codec="int8").summary.new == held
 
 
+def test_a_cpu_does_both_with_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    volume = estimate.Volume(pictures=10, slices=20, patches=1000, rows=1000, bytes={})
+    speed = estimate.Speed(encode_seconds=0.01, prepare_seconds=0.6)
+    for device, seconds in (("cpu", 16.0), ("gpu", 10.0)):
+        monkeypatch.setattr(estimate, "device_name", lambda device=device: device)
+        assert estimate.duration(volume, speed, workers=1) == pytest.approx(seconds)
+
+
 def test_the_index_takes_no_more_than_is_said(tmp_path: Path) -> None:
     from mlx_llama3v.config import SliceLayout
     from mlx_llama3v.embeddings.writer import StoreWriter

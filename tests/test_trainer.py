@@ -405,6 +405,10 @@ def test_a_row_whose_picture_cannot_be_decoded_is_not_trained(store: Store, tmp_
     assert ours.last.loss == pytest.approx(theirs.last.loss, rel=1e-5)
     lossy.gone = frozenset(store.names) - {"0.png"}  # most steps have no row
     few = run(settings(iters=12, batch_size=1), lossy, tmp_path / "few", records=records)
+    stop = Callbacks(stop=iter([*[False] * 7, True]).__next__)
+    run(settings(iters=12, batch_size=1), lossy, tmp_path / "cut", records=records, callbacks=stop)
+    cut = run(settings(iters=12, batch_size=1), lossy, tmp_path / "cut", records=records, resume=True)
+    assert cut.unseen == few.unseen and len(cut.unseen) > 6, "those that were left out before it was stopped"
     assert few.last is not None and few.last.skipped > 0 and 0 < few.skipped < 12
 
 

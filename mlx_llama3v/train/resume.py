@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ class State:
     batches: int  # batches done, over all epochs: the position in the data
     settings: dict[str, Any]  # what must be the same to go on
     window: dict[str, float]
+    unseen: dict[str, str] = field(default_factory=dict)  # row -> why it was left out when its turn came
 
 
 def check_place(run_dir: Path) -> None:
@@ -120,7 +121,7 @@ def read_state(checkpoint: Path) -> State:
     path = checkpoint / STATE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return State(**{field.name: values[field.name] for field in fields(State)})
+        return State(**{one.name: values[one.name] for one in fields(State) if one.name in values})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is damaged; delete {checkpoint} to go on from an older one.") from error
 

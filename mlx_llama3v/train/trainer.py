@@ -227,6 +227,7 @@ class _Run:
         state = self._state(checkpoint)
         checkpointing.restore(checkpoint, self.model, self.optimizer)
         self.window = Window(**state.window)
+        self.feed.unseen = {row: Problem(f"record {row}", why) for row, why in state.unseen.items()}
         return state.step
 
     def _describe(self, notes: Mapping[str, Any]) -> dict[str, Any]:
@@ -386,6 +387,7 @@ class _Run:
             batches=self.feed.first(now),
             settings=self.settings,
             window=asdict(self.window),
+            unseen={row: problem.reason for row, problem in self.feed.unseen.items()},
         )
         checkpointing.save(self.path, state, self.model, self.optimizer, self.config.keep)
 
