@@ -55,7 +55,7 @@ def verify(store: Path_) -> None:
     if shards := len(found.keys() - {MANIFEST}):
         raise StoreError(f"{store}: {show.plural(shards, 'shard')} damaged or unreadable; all others are whole.")
     if found:
-        raise StoreError(f"{store}: its manifest is another store's; all shards are whole.")
+        raise StoreError(f"{store}: its manifest is not that of its shards, which are whole.")
     opened = Store(store)
     show.out.print(
         f"{store}: {show.plural(len(opened), 'image')} in {show.plural(len(opened.shards), 'shard')}, all whole."

@@ -115,10 +115,10 @@ def _decoder_learns(model: Llama3V, config: TrainConfig) -> Learning | None:
     blocks = model.language_model.args.num_hidden_layers
     if config.tune == "full":
         return Learning(blocks)
-    wanted = config.lora_keys or ("",)
+    wanted = config.lora_keys or tuple(INPUTS)
     return Learning(
         blocks=min(config.lora_layers or blocks, blocks),
-        layers=tuple(name for name in INPUTS if any(f".{name}".endswith(f".{key}" if key else "") for key in wanted)),
+        layers=tuple(name for name in INPUTS if any(f".{name}".endswith(f".{key}") for key in wanted)),
         dora=config.tune == "dora",
         dropout=config.lora_dropout > 0,
         quantized=any(isinstance(module, nn.QuantizedLinear) for module in model.language_model.modules()),
