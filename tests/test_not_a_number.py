@@ -98,7 +98,7 @@ def test_a_held_out_loss_that_is_no_number_is_null(store: Store, tmp_path: Path)
 def test_skipping_every_step_is_an_error(store: Store, tmp_path: Path) -> None:
     model = tiny_model(scale=1.0)
     model.language_model.lm_head.weight = mx.full(model.language_model.lm_head.weight.shape, float("nan"))
-    with pytest.raises(RunError, match=r"steps up to (\d+): not one of the last \1 had a loss"):
+    with pytest.raises(RunError, match=r"steps up to (\d+): not one of the last \1 had rows, and a loss"):
         run(settings(on_nan="skip"), store, tmp_path / "run", model=model)
 
 
