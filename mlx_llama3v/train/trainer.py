@@ -352,8 +352,8 @@ class _Run:
                 return  # a few bad rows; the window goes on
             raise RunError(
                 f"steps up to {now}: not one of the last {self.window.skipped:.0f} had rows, and a loss and gradient "
-                "that are numbers; if no pictures were left out, the weights themselves may be damaged. Go on from an older "
-                "checkpoint with a lower learning rate."
+                "that are numbers; if no pictures were left out, the weights themselves may be damaged. Go on from an "
+                "older checkpoint with a lower learning rate."
             )
         epoch = self.feed.first(now) / self.feed.per_epoch
         rate = self._rate(now - 1, self.config.learning_rate or 0.0)
