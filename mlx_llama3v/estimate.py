@@ -23,6 +23,7 @@ from mlx_llama3v.data.hf import TableCell
 from mlx_llama3v.data.records import Problem
 from mlx_llama3v.data.sources import FilePart
 from mlx_llama3v.embeddings.codec import CODECS, get_codec
+from mlx_llama3v.embeddings.damage import read_notes
 from mlx_llama3v.embeddings.sample import check_names, evenly
 from mlx_llama3v.embeddings.store import MANIFEST, Store
 from mlx_llama3v.embeddings.writer import Post
@@ -136,7 +137,7 @@ def missing(
     others. Raises StoreError where `embed` would: made with other settings, other pictures of these names."""
     if not (store / MANIFEST).exists():
         return dict(pictures)
-    there, described = Store(store, damage=damage), {} if post is None else post.describe()
+    there, described = Store(store, damage=damage, noted=read_notes(store)), {} if post is None else post.describe()
     there.manifest.check(store, fingerprint=encoder.fingerprint(), codec=codec, post=described)
     held = {name: source for name, source in pictures.items() if name in there}
     check_names(store, [*held.items()], there.sha_of)

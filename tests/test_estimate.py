@@ -24,6 +24,7 @@ from mlx_llama3v.config import Encoded, ImageConfig, ProjectorConfig, TilingConf
 from mlx_llama3v.data.dataset import read_data
 from mlx_llama3v.data.hf import TableCell
 from mlx_llama3v.data.sources import FilePart, Refused
+from mlx_llama3v.embeddings import tools
 from mlx_llama3v.embeddings.codec import CODECS
 from mlx_llama3v.embeddings.embed import EmbedProgress
 from mlx_llama3v.embeddings.store import Store
@@ -36,6 +37,7 @@ from mlx_llama3v.weights.convert import convert
 from mlx_llama3v.weights.vlm import convert_vlm
 from tests.parity.test_bunny import Reference
 from tests.test_cli import Cli, cli, refused  # noqa: F401  (a fixture)
+from tests.test_damage import damage
 from tests.test_webdataset import shard
 
 SO400M = VisionConfig(1152, 4304, num_hidden_layers=27, num_attention_heads=16, image_size=384, patch_size=14)
@@ -179,17 +181,23 @@ def test_a_place_or_data_that_embed_refuses_the_estimate_refuses(model: Path, ph
         assert said[0] == said[1]
 
 
+@pytest.mark.parametrize("how", ["cut", "flipped"])
 def test_pictures_of_a_damaged_shard_are_to_be_made_anew(
     cli: Cli,  # noqa: F811
     model: Path,
     photos: Path,
     tmp_path: Path,
+    how: str,
 ) -> None:
     store = tmp_path / "store"
     embed_data(model, photos, store, codec="int8", shard_bytes=100_000)
     first = sorted(store.glob("shard-*"))[0]
     held = sum(shard.index.name_count for shard in Store(store).shards if shard.path == first)
-    os.truncate(first, first.stat().st_size - 4)
+    if how == "cut":
+        os.truncate(first, first.stat().st_size - 4)
+    else:  # only a checksum tells, and only `verify` compares it
+        damage(first)
+        assert [*tools.verify(store)] == [first.name]
     found = estimate_data(model, photos, store, codec="int8")
     assert (found.reused, found.volume.pictures) == (6 - held, held) and 0 < held < 6
     assert len(found.damage) == 1 and str(first) in found.damage[0] and first.exists()

@@ -47,7 +47,7 @@ def set_damaged_aside(path: Path, manifest: Manifest, losses: Losses, into: Path
 
     Raises StoreError: a shard that cannot be read or moved.
     """
-    noted, indexes = _read_notes(path), []
+    noted, indexes = read_notes(path), []
     for _, file in shard_files(path):
         try:
             open_shard(file, manifest)
@@ -135,7 +135,7 @@ def note_damage(path: Path, found: Mapping[str, StoreError]) -> None:
 
     Only of damage: a shard that cannot be read (a drive that is away) may be whole. A hint, which the disk may refuse.
     """
-    notes = {name: why for name, why in _read_notes(path).items() if name in found}
+    notes = {name: why for name, why in read_notes(path).items() if name in found}
     notes |= {name: str(error) for name, error in found.items() if isinstance(error, DamagedError)}
     with suppress(StoreError, OSError):
         if notes:
@@ -144,7 +144,7 @@ def note_damage(path: Path, found: Mapping[str, StoreError]) -> None:
             (path / _NOTES).unlink(missing_ok=True)
 
 
-def _read_notes(path: Path) -> dict[str, str]:
+def read_notes(path: Path) -> dict[str, str]:
     """Name of a shard -> what `verify` found."""
     try:
         values = json.loads((path / _NOTES).read_bytes())

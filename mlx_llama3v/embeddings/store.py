@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -134,12 +134,14 @@ class Store:
         path: str | Path,
         fingerprint: Mapping[str, Any] | None = None,
         damage: list[DamagedError] | None = None,
+        noted: Container[str] = (),
     ) -> None:
         """Open the store at `path`.
 
         Args:
             fingerprint: the encoder's, where it is known; a store made with another one is refused.
             damage: takes damaged shards, which are left out then; else they are refused.
+            noted: names of shards that are read whole for that (damage.read_notes).
 
         Raises:
             StoreError: no store there, another fingerprint or codec, a damaged shard.
@@ -149,16 +151,19 @@ class Store:
         if fingerprint is not None:
             self.manifest.check(self.path, fingerprint=fingerprint)
         self.codec = get_codec(self.manifest.codec)
-        self.shards = tuple(self._opened(damage))
+        self.shards = tuple(self._opened(damage, noted))
         self.index = Index(shard.index for shard in self.shards)
         self._place = lru_cache(_PLACES)(self.index.find_name)  # what is announced is read a moment later
         self._file = lru_cache(_FILES)(OpenFile)  # a batch comes from many shards
         self.failures = read_failures(self.path)
 
-    def _opened(self, damage: list[DamagedError] | None) -> Iterator[Shard]:
+    def _opened(self, damage: list[DamagedError] | None, noted: Container[str]) -> Iterator[Shard]:
         for _, file in shard_files(self.path):
             try:
-                yield open_shard(file, self.manifest)
+                shard = open_shard(file, self.manifest)
+                if file.name in noted:
+                    verify_shard(file)
+                yield shard
             except DamagedError as error:
                 if damage is None:
                     raise
