@@ -304,6 +304,27 @@ def test_store_info_and_verify(cli: Cli, world: World) -> None:
     assert "whole" in cli("store", "verify", world.store).out
 
 
+def test_a_manifest_with_another_value_is_blamed_and_mended(cli: Cli, world: World, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(world.store, store)
+    manifest = store / "manifest.json"
+    values = json.loads(manifest.read_text())
+    for change, field in (
+        ({"codec": "int8"}, "codec"),
+        ({"fingerprint": {**values["fingerprint"], "x": 1}}, "fingerprint"),
+    ):
+        manifest.write_text(json.dumps(values | change))
+        blamed = cli("store", "verify", store)
+        refused(blamed, str(store), "its manifest is not that of its shards, which are whole")
+        said = " ".join(blamed.err.split())
+        assert str(manifest) in said and field in said and "run again, writes it anew" in said
+        assert "shard-" not in said and not (store / "damage.json").exists()
+        embed = ("embed", "--model", world.model, "--data", world.data.captions, "--image-folder", world.data.images)
+        assert "0 pictures encoded" in cli(*embed, "--output", store).out
+        assert "all whole" in cli("store", "verify", store).out
+        assert json.loads(manifest.read_text()) | {"fidelity": values["fidelity"]} == values
+
+
 def test_ctrl_c_in_any_command_is_told(cli: Cli, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(data: Path, *, partly: bool) -> None:
         raise KeyboardInterrupt

@@ -94,7 +94,8 @@ def test_a_flipped_bit_in_what_names_the_encoder_is_damage(tmp_path: Path, word:
     ("change", "words"),
     [
         ({"codec": "int8"}, r"all 4 whole shards have the codec 'float16', it says 'int8'"),
-        ({"fingerprint": {"weights": "b"}}, r"all 4 whole shards have an encoder or processing \(\w{12}\)"),
+        ({"fingerprint": {"weights": "b"}}, r"shards have another fingerprint or post \(\w{12}\), it says others \("),
+        ({"post": {"pool": 2}}, r"shards have another fingerprint or post \(\w{12}\), it says others \("),
     ],
 )
 def test_a_manifest_that_all_shards_contradict_is_what_is_wrong(

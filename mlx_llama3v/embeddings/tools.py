@@ -56,8 +56,9 @@ def verify(path: Path, progress: Progress | None = None) -> dict[str, str]:
 
 def _wrong(path: Path, manifest: Manifest, codec: str, fingerprint: str, shards: int) -> ManifestError:
     """Of a manifest that is not that of its shards."""
-    theirs = f"the codec {codec!r}" if codec != manifest.codec else f"an encoder or processing ({fingerprint[:12]})"
-    ours = f"{manifest.codec!r}" if codec != manifest.codec else f"another ({manifest.digest[:12]})"
+    theirs, ours = f"the codec {codec!r}", f"{manifest.codec!r}"
+    if codec == manifest.codec:  # shards have a digest of both
+        theirs, ours = f"another fingerprint or post ({fingerprint[:12]})", f"others ({manifest.digest[:12]})"
     count = f"all {shards} whole shards have" if shards > 1 else "the one whole shard has"
     return ManifestError(
         f"{path / MANIFEST} is not that of its shards: {count} {theirs}, it says {ours}; the `embed` that made "
