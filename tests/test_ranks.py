@@ -42,11 +42,23 @@ def test_two_ranks_fill_one_store(tmp_path: Path) -> None:
     data.captions.write_text(json.dumps(rows))
     model = convert(TINY / "siglip", TINY / "llama", tmp_path / "model").path
     embed_data(model, data.captions, tmp_path / "one", image_folder=data.images, codec="int8")
-    done = launch(
-        *(str(CLI), "embed", "--model", str(model), "--data", str(data.captions), "--image-folder", str(data.images)),
-        *("--output", str(tmp_path / "two"), "--codec", "int8"),
-    )
+    command = [
+        str(CLI),
+        "embed",
+        "--model",
+        str(model),
+        "--data",
+        str(data.captions),
+        "--output",
+        str(tmp_path / "two"),
+    ]
+    command += ["--image-folder", str(data.images), "--codec"]
+    done = launch(*command, "int8")
     assert done.returncode == 0, done.stdout + done.stderr
+    before = {file: file.read_bytes() for file in (tmp_path / "two").iterdir()}
+    refused = " ".join(launch(*command, "int4").stderr.split())
+    assert refused.count("codec is 'int8' there and 'int4' here") == 2, refused  # by both ranks
+    assert {file: file.read_bytes() for file in (tmp_path / "two").iterdir()} == before
     one, two = Store(tmp_path / "one"), Store(tmp_path / "two")
     assert set(one.names) == set(two.names) and len(two) == 31 and not verify(tmp_path / "two")
     assert one.info()["images"] == two.info()["images"] == 30
