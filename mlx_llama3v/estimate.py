@@ -23,9 +23,9 @@ from mlx_llama3v.data.hf import TableCell
 from mlx_llama3v.data.records import Problem
 from mlx_llama3v.data.sources import FilePart
 from mlx_llama3v.embeddings.codec import CODECS, get_codec
-from mlx_llama3v.embeddings.damage import read_notes
+from mlx_llama3v.embeddings.damage import mendable, read_notes
 from mlx_llama3v.embeddings.sample import check_names, evenly
-from mlx_llama3v.embeddings.store import MANIFEST, Store
+from mlx_llama3v.embeddings.store import MANIFEST, Manifest, Store, plain, shard_files
 from mlx_llama3v.embeddings.writer import Post
 from mlx_llama3v.errors import DamagedError, ImageError, StoreError, size
 from mlx_llama3v.platform import device_name
@@ -135,10 +135,12 @@ def missing(
 ) -> dict[str, Source]:
     """What `embed` would encode: all but what whole shards of the store, if it is there, hold; `damage` takes the
     others. Raises StoreError where `embed` would: made with other settings, other pictures of these names."""
-    if not (store / MANIFEST).exists():
+    if not store.is_dir() or not ((store / MANIFEST).exists() or shard_files(store)):
         return dict(pictures)
-    there, described = Store(store, damage=damage, noted=read_notes(store)), {} if post is None else post.describe()
-    there.manifest.check(store, fingerprint=encoder.fingerprint(), codec=codec, post=described)
+    wanted = Manifest(plain(encoder.fingerprint()), codec, {} if post is None else plain(post.describe()))
+    manifest = wanted if mendable(store, wanted) else Manifest.read(store)  # `embed` writes it anew
+    manifest.check(store, fingerprint=wanted.fingerprint, codec=codec, post=wanted.post)
+    there = Store(store, damage=damage, noted=read_notes(store), manifest=manifest)
     held = {name: source for name, source in pictures.items() if name in there}
     check_names(store, [*held.items()], there.sha_of)
     return {name: source for name, source in pictures.items() if name not in held}

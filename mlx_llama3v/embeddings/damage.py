@@ -71,6 +71,17 @@ def mend_manifest(path: Path, wanted: Manifest, losses: Losses) -> None:
 
     Raises StoreError: another process is writing there, or the disk refuses.
     """
+    if mendable(path, wanted):
+        lock = Lock(path)
+        try:
+            wanted.write(path)
+        finally:
+            lock.release()
+        losses.tell(f"{path / MANIFEST} was lost or damaged; it was written anew, as all shards say what made them.")
+
+
+def mendable(path: Path, wanted: Manifest) -> bool:
+    """Whether the manifest is not `wanted`, but every shard that can be read says that `wanted` made it."""
     try:
         differs = Manifest.read(path).differences(
             {"fingerprint": wanted.fingerprint, "codec": wanted.codec, "post": wanted.post}
@@ -81,13 +92,8 @@ def mend_manifest(path: Path, wanted: Manifest, losses: Losses) -> None:
     for _, file in shard_files(path) if differs and path.is_dir() else ():
         with suppress(StoreError):
             shards.append(read_shard(file, whole=False))
-    if shards and all((shard.codec, shard.fingerprint) == (wanted.codec, wanted.digest) for shard in shards):
-        lock = Lock(path)
-        try:
-            wanted.write(path)
-        finally:
-            lock.release()
-        losses.tell(f"{path / MANIFEST} was lost or damaged; it was written anew, as all shards say what made them.")
+    made = (wanted.codec, wanted.digest)
+    return bool(shards) and all((shard.codec, shard.fingerprint) == made for shard in shards)
 
 
 def set_part_aside(part: Path, error: ManifestError, losses: Losses) -> None:

@@ -135,6 +135,7 @@ class Store:
         fingerprint: Mapping[str, Any] | None = None,
         damage: list[DamagedError] | None = None,
         noted: Container[str] = (),
+        manifest: Manifest | None = None,
     ) -> None:
         """Open the store at `path`.
 
@@ -142,12 +143,13 @@ class Store:
             fingerprint: the encoder's, where it is known; a store made with another one is refused.
             damage: takes damaged shards, which are left out then; else they are refused.
             noted: names of shards that are read whole for that (damage.read_notes).
+            manifest: taken for the one that is there (damage.mendable).
 
         Raises:
             StoreError: no store there, another fingerprint or codec, a damaged shard.
         """
         self.path = Path(path)
-        self.manifest = Manifest.read(self.path)
+        self.manifest = manifest or Manifest.read(self.path)
         if fingerprint is not None:
             self.manifest.check(self.path, fingerprint=fingerprint)
         self.codec = get_codec(self.manifest.codec)
