@@ -7,6 +7,7 @@ import json
 import os
 import random
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def picture(seed: int) -> Encoded:
     return Encoded(layout, values.astype(np.float16).astype(np.float32))
 
 
-def fill(path: Path, seeds: range, shard_bytes: int = 600) -> None:
+def fill(path: Path, seeds: Iterable[int], shard_bytes: int = 600) -> None:
     with StoreWriter(path, FINGERPRINT, shard_bytes=shard_bytes) as writer:
         for seed in seeds:
             if not writer.has(f"{seed}.jpg"):
