@@ -78,6 +78,7 @@ OTHERS: tuple[Size, ...] = (
     ((128, 4, 512, 4000, 4, 256), "float32", 0.5),
     ((192, 3, 512, 4000, 2, 320), "float32", 0.2),
     ((640, 2, 1792, 12000, 2, 192), "float32", 0.7),
+    ((256, 4, 768, 4000, 1, 256), "bfloat16 4-bit", 0.7),
 )
 # Ways of tuning the decoder beside LoRA on all its layers; at sizes to which DoRA's factors were fitted, and others.
 WAYS: dict[str, dict[str, Any]] = {
@@ -103,13 +104,14 @@ WAYS_OTHERS: tuple[Size, ...] = (
     ((128, 6, 512, 2000, 4, 384), "float32", 0.7),
     ((384, 6, 1024, 24000, 2, 256), "4-bit", 0.3),
     ((256, 4, 768, 4000, 2, 256), "4-bit", 0.8),
+    ((256, 3, 512, 2000, 1, 192), "bfloat16 4-bit", 0.7),
 )
 LLAMA3_8B = Decoder(4096, 32, 14336, 32, 8, 128, 128256)
 MACS = (16, 24, 36, 64)  # GB
 
 
 def made(size: tuple[int, ...], form: str) -> Llama3V:
-    """A random model; `form`: the decoder's weights: float32, bfloat16, or 4-bit (with float32 activations)."""
+    """A random model; `form`: the decoder's weights: float32, bfloat16, 4-bit (float32 beside it), bfloat16 4-bit."""
     hidden, layers, intermediate, vocab, _, _ = size
     llama = {
         "hidden_size": hidden,
@@ -122,10 +124,10 @@ def made(size: tuple[int, ...], form: str) -> Llama3V:
     }
     projector = ProjectorConfig("linear", 64, hidden)
     model = Llama3V(ModelConfig(VisionConfig(64, 64, 1, 1), llama_config(llama), projector))
-    if form == "4-bit":
-        quantize_decoder(model)
-    elif form == "bfloat16":
+    if form.startswith("bfloat16"):
         model.set_dtype(mx.bfloat16)
+    if form.endswith("4-bit"):
+        quantize_decoder(model)
     return model
 
 
@@ -186,14 +188,14 @@ def compare(kind: str, size: Size, way: str = "") -> list[dict[str, Any]]:
     settings = WAYS[way] if way else {}
     for stage in ("sft",) if way else ("pretrain", "sft"):
         for recompute in (False, True):
-            if (recompute and "lora_dropout" in settings) or (form == "4-bit" and way == "full"):
+            if (recompute and "lora_dropout" in settings) or ("4-bit" in form and way == "full"):
                 continue  # refused by `train`
             peak, job = measure(sizes, stage, recompute, form, begins, **settings)
             said = training_memory(job).total
             one = {"kind": kind, "size": size, "stage": stage, "way": way, "recompute": recompute}
             found.append(one | {"peak": peak, "formula": said, "error": said / peak - 1})
             print(
-                f"{sizes!s:34} {form:8} {begins:3} {way or stage:13} {'recomputed' if recompute else 'kept':10} "
+                f"{sizes!s:34} {form:14} {begins:3} {way or stage:13} {'recomputed' if recompute else 'kept':10} "
                 f"measured {peak / 1e6:7.1f} MB, formula {said / 1e6:7.1f} MB ({said / peak - 1:+.1%})",
                 flush=True,
             )

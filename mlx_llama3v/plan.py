@@ -151,18 +151,20 @@ def _idle(job: TrainJob, learns: Learning) -> int:
 def _on_top(job: TrainJob, learns: Learning | None, *, recompute: bool) -> tuple[float, float]:
     """Bytes that come and go while the MLP of a block, and its attention, are at work on the way back."""
     d, names, dora = job.decoder, learns.layers if learns else (), learns is not None and learns.dora
-    width = 4 if dora else job.width  # DoRA is no 16-bit arithmetic
-    tokens = job.rows * job.length * width
     mlp = _MLP_AGAIN[not {"mlp.gate_proj", "mlp.up_proj"}.isdisjoint(names)] if recompute else _MLP
     attention = _ATTENTION_AGAIN[any(name.startswith("self_attn.") for name in names)] if recompute else _ATTENTION
     more = (_DORA_AGAIN if recompute else _DORA) if dora else ((0.0, 0.0), (0.0, 0.0))
-    middle, scores = tokens * d.intermediate, job.rows * d.heads * job.length**2 * width
+    width = job.width if recompute or not dora else 4  # DoRA is no 16-bit arithmetic
+    tokens, scores = job.rows * job.length, job.rows * d.heads * job.length**2
     # A matrix in float32 whose rows' norms are taken.
     norms = job.lanes * 4 * max(inputs * outputs for inputs, outputs in linear(d).values()) if dora else 0
-    return (
-        (mlp[0] + more[0][0]) * middle + (mlp[1] + more[0][1]) * tokens * d.hidden + norms,
-        (attention[0] + more[1][0]) * scores + (attention[1] + more[1][1]) * tokens * d.hidden + norms,
-    )
+
+    def peak(plain: tuple[float, float], of_dora: tuple[float, float], wide: int) -> float:
+        states = tokens * d.hidden
+        own = 4 * (of_dora[0] * wide + of_dora[1] * states) + norms
+        return width * (plain[0] * wide + plain[1] * states) + own
+
+    return peak(mlp, more[0], tokens * d.intermediate), peak(attention, more[1], scores)
 
 
 def _kept(job: TrainJob, learns: Learning | None) -> tuple[int, int]:
