@@ -30,8 +30,9 @@ from tests.test_loss import assert_same, found, numbers, prepared, rows_of
 from tests.test_reference import rows_of as reference_rows
 from tests.test_resume import outcome
 from tests.tiny_model import tiny_model, tiny_tokens
-from tests.tiny_run import chats, make_store, run, settings, short_run
+from tests.tiny_run import SHORT, chats, make_store, run, settings, short_run
 
+RATES = ("rows_per_second", "images_per_second", "tokens_per_second")
 STAGES = [("pretrain", {}), ("sft", {}), ("sft", {"tune": "full"}), ("sft", {"tune_projector": True})]
 
 
@@ -168,7 +169,8 @@ def test_one_rank_is_two_ranks(store: Store, tmp_path: Path) -> None:
     cut = parted.pop("checkpoints/step-0000003/weights.safetensors")
     assert parted.pop("checkpoints/step-0000003/optimizer.safetensors") and cut != whole["adapters.safetensors"]
     assert parted == whole, "resumed on two ranks, the run is another than the uninterrupted one"
-    for stage, name in (("pretrain", "projector.safetensors"), ("sft", "adapters.safetensors")):
+    for stage in SHORT:
+        name = "adapters.safetensors" if stage == "sft" else "projector.safetensors"
         short_run(stage, store, one / stage)
         mine, theirs = (load_file(path / stage / "gradients.safetensors") for path in (one, two))
         assert_same({k: np.array(v) for k, v in mine.items()}, {k: np.array(v) for k, v in theirs.items()})
@@ -176,11 +178,17 @@ def test_one_rank_is_two_ranks(store: Store, tmp_path: Path) -> None:
         for key, value in mine.items():
             np.testing.assert_allclose(np.array(theirs[key]), np.array(value), atol=2e-4, err_msg=key)
         lines = [(path / stage / "metrics.jsonl").read_text().splitlines() for path in (one, two)]
+        before = {id(one): 0.0, id(two): 0.0}
         for a, b in zip(*(map(json.loads, part) for part in lines), strict=True):
             assert a.keys() == b.keys()
             for key in ("step", "tokens", "epoch", "loss", "grad_norm", "eval_loss", "eval_shuffled"):
                 if key in a:
                     assert b[key] == pytest.approx(a[key], rel=1e-3), (stage, key)
+            for line, path in ((a, one), (b, two)):  # rates count the rows of all ranks
+                if "seconds" in line:
+                    took, before[id(path)] = line["seconds"] - before[id(path)], line["seconds"]
+                    line |= {key: line[key] * took for key in RATES}
+            assert [b.get(key) for key in RATES] == pytest.approx([a.get(key) for key in RATES]), stage
 
 
 @pytest.mark.parametrize(("tune", "recompute"), [("lora", False), ("lora", True), ("full", False)])

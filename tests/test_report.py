@@ -11,8 +11,10 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from mlx_llama3v.cli import train as command
+from mlx_llama3v.data.records import Record
 from mlx_llama3v.data.rows import RowLayout, build_rows
 from mlx_llama3v.embeddings.store import Store
+from mlx_llama3v.text.prompt import Message
 from mlx_llama3v.train import trainer
 from mlx_llama3v.train.report import Callbacks, Progress
 from tests.tiny_model import tiny_model, tiny_tokens
@@ -27,21 +29,32 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 def test_rates_are_what_was_done_over_the_time_it_took(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a clock on which every step takes four seconds; an epoch has each row once."""
+    """By a clock on which every step takes four seconds; an epoch has each row once, some without a picture."""
     ticks = count(0, 4)
     monkeypatch.setattr(trainer.time, "perf_counter", lambda: float(next(ticks)))
     seen: list[Progress] = []
-    config = settings(iters=6, batch_size=4, steps_per_report=3, save_every=0)
-    run(config, store, tmp_path / "run", callbacks=Callbacks(progress=seen.append))
+    padded: list[list[int]] = [[], []]  # positions of every part of a batch, by report
+    gradients = trainer.Step.gradients
+
+    def watched(step: Any, batch: Any) -> Any:
+        padded[len(seen)].append(batch.ids.size)
+        return gradients(step, batch)
+
+    monkeypatch.setattr(trainer.Step, "gradients", watched)
+    config = settings(iters=6, batch_size=2, grad_accumulation_steps=2, lanes=2, steps_per_report=3, save_every=0)
+    words = (Message("user", "Say it."), Message("assistant", "it"))
+    records = [record if n % 3 else Record(record.id, (), words) for n, record in enumerate(captions())]
+    run(config, store, tmp_path / "run", records=records, callbacks=Callbacks(progress=seen.append))
     monkeypatch.undo()
     layout = RowLayout(store, tiny_tokens(), tiny_model().config.projector_config, "pretrain", 1000)
-    rows, _ = build_rows(captions(), layout)
+    rows, _ = build_rows(records, layout)
     tokens, targets = sum(map(len, rows)), sum(row.targets for row in rows)
     assert [one.seconds for one in seen] == [12.0, 24.0] and sum(one.tokens for one in seen) == targets
     assert 12 * sum(one.tokens_per_second for one in seen) == pytest.approx(tokens)
-    for one in seen:
-        assert (one.rows_per_second, one.images_per_second) == (1.0, 1.0) and 0 < one.padding < 0.5
-        assert one.peak_memory > 0
+    assert 12 * sum(one.images_per_second for one in seen) == pytest.approx(16)
+    for one, sizes in zip(seen, padded, strict=True):
+        assert one.rows_per_second == 1.0 and one.images_per_second < 1 and one.peak_memory > 0
+        assert len(sizes) == 12 and one.padding == pytest.approx(1 - 12 * one.tokens_per_second / sum(sizes))
     notes: list[tuple[Any, ...]] = []
 
     class Bar:
@@ -52,7 +65,7 @@ def test_rates_are_what_was_done_over_the_time_it_took(
     assert watch.progress is not None
     one = seen[0]
     watch.progress(one)
-    rate = f"{one.tokens_per_second:,.0f} tokens/s, 1.0 images/s"
+    rate = f"{one.tokens_per_second:,.0f} tokens/s, {one.images_per_second:,.1f} images/s"
     assert notes == [(3, 6, f"loss {one.loss:.3f}, {rate}, {command.show.size(one.peak_memory)}")]
 
 

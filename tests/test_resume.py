@@ -16,6 +16,7 @@ import pytest
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.errors import RunError
 from mlx_llama3v.train import ranks, resume, trainer
+from mlx_llama3v.train.feed import Feed
 from mlx_llama3v.train.report import Callbacks, Progress, Start
 from tests.tiny_run import chats, make_store, run, settings
 
@@ -104,6 +105,25 @@ def test_skipped_steps_and_evaluations_are_those_of_an_uninterrupted_run(store: 
     assert sum("eval_shuffled" in line for line in lines) == 7
     assert sum(line.get("skipped", 0) for line in lines) == len(skipped) == whole.skipped == cut.skipped
     assert outcome(tmp_path / "cut") == expected
+
+
+def test_dropout_follows_its_batch_whatever_was_drawn_before(store: Store, tmp_path: Path) -> None:
+    def drawing() -> bool:
+        mx.eval(mx.random.normal((3,)))
+        return False
+
+    weights = {}
+    for name, seed, stop in (("a", 0, None), ("b", 0, drawing), ("c", 1, None)):
+        with mock.patch.object(Feed, "seed", seeded(seed)):
+            run(settings("sft", lora_dropout=0.3), store, tmp_path / name, callbacks=Callbacks(stop=stop))
+        weights[name] = (tmp_path / name / "adapters.safetensors").read_bytes()
+    assert weights["a"] == weights["b"] != weights["c"]
+
+
+def seeded(shift: int) -> Any:
+    """Feed.seed, moved."""
+    seed = Feed.seed
+    return lambda feed, batch: seed(feed, batch + shift)
 
 
 def test_a_lost_optimizer_state_is_noticed(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from mlx_llama3v.checkpoint import (
 )
 from mlx_llama3v.compat import linear_to_lora_layers
 from mlx_llama3v.errors import CheckpointError
-from mlx_llama3v.model import Llama3V
+from mlx_llama3v.model import Llama3V, dequantized, layer_setting
 from mlx_llama3v.tensors import read_tensors
 from mlx_llama3v.weights.convert import convert
 from mlx_llama3v.weights.fuse import fuse
@@ -235,6 +235,34 @@ def test_dequantized_the_fused_model_is_the_adapted_one(
     assert distance(features(plain), features(base)) < 0.02  # the tower's scales are bfloat16
     whole = convert(vision, llm, tmp_path / "whole").path
     assert {k: v.shape for k, v in read_tensors(plain).items()} == {k: v.shape for k, v in read_tensors(whole).items()}
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("quantize", [name for name, setting in QUANTS.items() if setting is not None])
+def test_fusing_rounds_the_adapted_layers_and_nothing_else(
+    quantize: str, kind: str, vision: Path, llm: Path, tmp_path: Path
+) -> None:
+    """As --help tells: rounded once, as the layer was, so that what the run learned stays."""
+    base = convert(vision, llm, tmp_path / "base", quantize=QUANTS[quantize]).path
+    trained = load_model(base)
+    keys = ("self_attn.q_proj", "mlp.down_proj")
+    run = write_run(trained, tmp_path / "run", kind, keys)
+    adapted = np.array(trained(mx.array(IDS)))
+    fused, plain = fuse(base, run, tmp_path / "fused"), fuse(base, run, tmp_path / "plain", dequantize=True)
+    before, after, merged = read_tensors(base), read_tensors(fused), read_tensors(plain)
+    layers = {f"language_model.model.layers.1.{key}" for key in keys}
+    changed = {name for name, value in after.items() if not mx.array_equal(value, before[name])}
+    assert {name.rpartition(".")[0] for name in changed} == {*layers, "projector"}
+    setting = load_config(base).quantization
+    assert setting is not None
+    for layer in layers:
+        how, wanted = layer_setting(setting, layer), merged[f"{layer}.weight"]
+        best = mx.dequantize(*mx.quantize(wanted, **how), **how, dtype=mx.float32)
+        errors = [
+            float(mx.abs(found - wanted).mean()) for found in (dequantized(after, setting)[f"{layer}.weight"], best)
+        ]
+        assert errors[0] < 1.01 * errors[1], layer
+    assert 0 < distance(logits(fused), adapted) < 0.25 * distance(logits(base), adapted)
 
 
 def test_dequantized_weights_have_the_dtype_of_their_scales(vision: Path, llm: Path, tmp_path: Path) -> None:

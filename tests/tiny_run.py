@@ -1,12 +1,13 @@
 """A training run of seconds: random pictures in a store, a tiny model, records whose answers name the picture.
 
-`python -m tests.tiny_run DIRECTORY STORE` does the short run of each stage, and one with dropout, whole and in two
-parts; the process may be one of several ranks.
+`python -m tests.tiny_run DIRECTORY STORE` does the short runs, and one with dropout, whole and in two parts; the
+process may be one of several ranks.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -99,9 +100,19 @@ def run(config: TrainConfig, store: Store, path: Path, *, drawn: bool = False, *
     return train(config, model, tiny_tokens(), store, records, path, **over)
 
 
-def short_run(stage: str, store: Store, path: Path) -> None:
-    """Steps of two batches, the last of which has a single row; the first step's gradients are written, too."""
-    config = settings(stage, iters=0, epochs=2, batch_size=5, val_split=0.2, grad_accumulation_steps=2, clip=0.5)
+# Steps of two batches, the last of which has a single row; and steps of one row, so that a second rank has none.
+SHORT: dict[str, tuple[str, dict[str, Any]]] = {
+    "pretrain": ("pretrain", {}),
+    "sft": ("sft", {}),
+    "alone": ("pretrain", {"iters": 3, "epochs": 1, "batch_size": 1, "grad_accumulation_steps": 1}),
+}
+
+
+def short_run(name: str, store: Store, path: Path) -> None:
+    """One of SHORT; the first step's gradients are written, too."""
+    stage, over = SHORT[name]
+    base = {"iters": 0, "epochs": 2, "batch_size": 5, "val_split": 0.2, "grad_accumulation_steps": 2, "clip": 0.5}
+    config = settings(stage, **{**base, **over})
     records = [record for record in chats(31) if record.id != "row-30"]
     update, first = trainer.Step.update, path / "gradients.safetensors"
 
@@ -115,17 +126,26 @@ def short_run(stage: str, store: Store, path: Path) -> None:
 
 
 def parted_run(store: Store, path: Path, stop_after: int) -> TrainResult:
-    """With dropout: stopped after a step, where that is not 0, and resumed."""
+    """With dropout: stopped after a step, where that is not 0, and resumed.
+
+    Random numbers are drawn between the steps, on each rank as many others, of which the checkpoint knows nothing.
+    """
     config = settings("sft", lora_dropout=0.3, learning_rate=1e-2, iters=8, save_every=0)
-    if stop_after:
+    for until in (stop_after, 0) if stop_after else (0,):
         steps = iter(range(1, 9))
-        run(config, store, path, callbacks=Callbacks(stop=lambda: next(steps) == stop_after))
-    return run(config, store, path, resume=bool(stop_after))
+
+        def stop(steps: Iterator[int] = steps, until: int = until) -> bool:
+            for _ in range(1 + mx.distributed.init().rank()):
+                mx.eval(mx.random.normal((3,)))
+            return next(steps) == until
+
+        result = run(config, store, path, resume=not until and stop_after > 0, callbacks=Callbacks(stop=stop))
+    return result
 
 
 if __name__ == "__main__":
     directory, store = Path(sys.argv[1]), Store(sys.argv[2])
-    for stage in ("pretrain", "sft"):
-        short_run(stage, store, directory / stage)
+    for name in SHORT:
+        short_run(name, store, directory / name)
     for stop_after in (0, 3):
         parted_run(store, directory / f"parted-{stop_after}", stop_after)
