@@ -67,7 +67,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A step that changed nothing: its loss or gradient was no number (`on_nan` skip), or all its rows were left out."""
+    """A step without an update: its loss or gradient was no number (`on_nan` skip), or all rows were left out."""
 
     step: int
     skipped_rows: tuple[str, ...]
