@@ -15,6 +15,7 @@ from mlx_llama3v.data.batches import Batch, collate
 from mlx_llama3v.data.rows import Row, RowLayout, build_rows
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.model import Llama3V
+from mlx_llama3v.train import loss as train_loss
 from mlx_llama3v.train.lora import prepare
 from mlx_llama3v.train.optim import adamw
 from mlx_llama3v.train.step import Step
@@ -65,7 +66,7 @@ def naive(model: Llama3V, batch: Batch) -> tuple[float, int, dict[str, np.ndarra
 
 
 def numbers(gradients: Any) -> dict[str, np.ndarray]:
-    return {name: np.array(value) for name, value in dict(tree_flatten(gradients)).items()}
+    return {name: np.array(value.astype(mx.float32)) for name, value in tree_flatten(gradients)}
 
 
 def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray], tolerance: float = 2e-4) -> None:
@@ -93,6 +94,41 @@ def test_it_equals_the_naive_loss(stage: str, over: dict[str, Any], compiled: bo
     assert (count, round(loss, 2)) == (expected_count, round(expected, 2))
     assert_same(expected_gradients, gradients)
     assert all(np.abs(value).max() > 0 for value in gradients.values())
+
+
+@pytest.mark.parametrize(("dtype", "over"), [(mx.float32, {}), (mx.float32, {"tune": "full"}), (mx.bfloat16, {})])
+def test_the_fused_form_of_a_gpu_is_the_same(
+    dtype: mx.Dtype, over: dict[str, Any], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as a CPU can tell: there `mx.fast.cross_entropy` is made of parts, which compute in the logits' type."""
+    model = prepared("sft", **over)
+    batch = collate(rows_of(model, store), store, model.config)
+    model.set_dtype(dtype)
+    kinds: list[mx.Dtype] = []
+    fused, cross_entropy = [False], mx.fast.cross_entropy
+
+    def seen(logits: mx.array, targets: mx.array) -> mx.array:
+        kinds.append(logits.dtype)
+        return cross_entropy(logits, targets)
+
+    monkeypatch.setattr(train_loss, "_fused", lambda: fused[0])
+    monkeypatch.setattr(train_loss, "CHUNK_BYTES", 4 * model.vocab_size * (batch.picks.size // 2))  # two chunks
+    monkeypatch.setattr(mx.fast, "cross_entropy", seen)
+    vectors = model.embed(batch.ids, batch.source, batch.patches, batch.grid, batch.num_tokens)
+    inputs = model, vectors, batch.targets, batch.supervised, batch.picks
+
+    def both() -> tuple[float, int, dict[str, np.ndarray], float]:
+        return *found(model, batch), float(train_loss.loss_sum(*inputs, gradient=False))
+
+    total, count, gradients, value = both()
+    assert {*kinds} == {mx.float32}, "a CPU sums in float32"
+    kinds.clear()
+    fused[0] = True
+    total_fused, count_fused, gradients_fused, value_fused = both()
+    assert {*kinds} == {dtype} and count_fused == count
+    rough = 1e-5 if dtype == mx.float32 else 1e-2
+    assert (total_fused, value_fused, value) == pytest.approx((total,) * 3, rel=rough)
+    assert_same(gradients, gradients_fused, 2e-4 if dtype == mx.float32 else 0.05)
 
 
 def test_a_supervised_position_more_is_noticed(store: Store) -> None:
