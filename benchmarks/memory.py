@@ -97,6 +97,8 @@ WAYS_FITTED: tuple[Size, ...] = (
     ((256, 6, 512, 8000, 1, 768), "float32", 0.5),
     ((256, 4, 1536, 4000, 2, 256), "float32", 0.7),
     ((512, 3, 1792, 4000, 2, 192), "4-bit", 0.8),
+    ((256, 4, 1024, 2000, 2, 384), "bfloat16", 0.9),
+    ((256, 3, 512, 2000, 1, 192), "bfloat16 4-bit", 0.7),
 )
 WAYS_OTHERS: tuple[Size, ...] = (
     ((384, 4, 1024, 4000, 2, 256), "float32", 0.8),
@@ -104,7 +106,9 @@ WAYS_OTHERS: tuple[Size, ...] = (
     ((128, 6, 512, 2000, 4, 384), "float32", 0.7),
     ((384, 6, 1024, 24000, 2, 256), "4-bit", 0.3),
     ((256, 4, 768, 4000, 2, 256), "4-bit", 0.8),
-    ((256, 3, 512, 2000, 1, 192), "bfloat16 4-bit", 0.7),
+    ((256, 12, 512, 4000, 1, 64), "float32", 0.5),
+    ((384, 3, 1024, 4000, 2, 192), "bfloat16", 0.8),
+    ((192, 4, 512, 3000, 2, 224), "bfloat16 4-bit", 0.7),
 )
 LLAMA3_8B = Decoder(4096, 32, 14336, 32, 8, 128, 128256)
 MACS = (16, 24, 36, 64)  # GB
@@ -140,6 +144,8 @@ def measure(
     others = mx.get_active_memory()  # what else this process holds
     model, (vocab, rows, length) = made(size, form), size[3:]
     config = TrainConfig(stage=stage, batch_size=rows, lanes=1, grad_checkpoint=recompute, **settings).resolved()
+    targets = int(length - 1 - int(begins * length))
+    job = training_job(model, config, length, targets=targets)
     learns = prepare(model, config)
     optimizer = adamw(0.0)
     optimizer.init(model.trainable_parameters())
@@ -175,7 +181,7 @@ def measure(
         mx.eval(model.state, optimizer.state)
         del loss, count, norm, gradients
         peak = max(peak, mx.get_peak_memory() - others)
-    return peak, training_job(model, config, length, targets=int(supervised.sum()) // rows, learned=learns.count)
+    return peak, job
 
 
 def compare(kind: str, size: Size, way: str = "") -> list[dict[str, Any]]:
@@ -215,6 +221,7 @@ def llama3_8b(recompute: bool, stage: str) -> TrainJob:
         decoder=d,
         weights=round(0.5625 * linear) + 4 * learned,
         learned=learned,
+        updated=learned,
         decoder_learns=Learning(d.layers) if adapted else None,
         reached=d.layers,
         rows=1,

@@ -13,6 +13,7 @@ that, too.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -63,6 +64,7 @@ class TrainJob:
     decoder: Decoder
     weights: int  # bytes of all weights
     learned: int  # numbers that learn
+    updated: int  # of those, whose new values are made before the first old ones are let go
     decoder_learns: Learning | None  # the inputs of these layers are kept
     reached: int  # blocks, from the last, that a gradient goes through
     rows: int
@@ -98,7 +100,8 @@ _MLP, _ATTENTION = (5.0, 10.7), (2.8, 11.3)
 _MLP_AGAIN, _ATTENTION_AGAIN = ((5.3, 20.9), (8.0, 25.4)), (_ATTENTION, (4.8, 13.3))
 _DORA = (3.0, 0.0), (0.0, 0.0)
 _DORA_AGAIN = (4.0, 4.0), (1.0, 4.0)
-_LOGITS = 3.4  # of a chunk at the head, in float32, and half of that more beside a 16-bit decoder
+_AGAIN_16 = (1.6, 3.5)  # more in 16 bits, where neither gate nor up learns
+_LOGITS, _LOGITS_16 = 3.4, 4.25  # of a chunk at the head, in float32: the fused kernels of a GPU want fewer
 
 
 def training_memory(job: TrainJob) -> Memory:
@@ -117,7 +120,7 @@ def training_memory(job: TrainJob) -> Memory:
     logits = min(4 * job.rows * job.targets * d.vocab / job.lanes, job.chunk)
     in_mlp, in_attention = _on_top(job, learns, recompute=False)
     peaks = [
-        before + attention + share * mlp + job.lanes * (_LOGITS + 0.5 * (job.width == 2)) * logits,
+        before + attention + share * mlp + job.lanes * (_LOGITS_16 if job.width == 2 else _LOGITS) * logits,
         before + attention + share * (mlp + in_mlp),
         before + attention + in_attention,
     ]
@@ -130,8 +133,8 @@ def training_memory(job: TrainJob) -> Memory:
         in_mlp, in_attention = _on_top(job, other if whole else None, recompute=job.recompute)
         peaks += [block + mlp + in_mlp, block + in_attention]
     held = 4 * (2 + job.sums) * job.learned
-    # AdamW's update has gradients and means, and makes new weights and means before it lets go of the old ones.
-    update = 4 * (1 + 2 + 3) * job.learned - held
+    # AdamW's update has gradients and means, and makes new weights and means beside the old ones.
+    update = 4 * (3 * job.learned + 3 * job.updated) - held
     return Memory(
         weights=job.weights,
         learning=held,
@@ -151,7 +154,10 @@ def _idle(job: TrainJob, learns: Learning) -> int:
 def _on_top(job: TrainJob, learns: Learning | None, *, recompute: bool) -> tuple[float, float]:
     """Bytes that come and go while the MLP of a block, and its attention, are at work on the way back."""
     d, names, dora = job.decoder, learns.layers if learns else (), learns is not None and learns.dora
-    mlp = _MLP_AGAIN[not {"mlp.gate_proj", "mlp.up_proj"}.isdisjoint(names)] if recompute else _MLP
+    wide = not {"mlp.gate_proj", "mlp.up_proj"}.isdisjoint(names)
+    mlp = _MLP_AGAIN[wide] if recompute else _MLP
+    if recompute and not wide and job.width == 2:
+        mlp = mlp[0] + _AGAIN_16[0], mlp[1] + _AGAIN_16[1]
     attention = _ATTENTION_AGAIN[any(name.startswith("self_attn.") for name in names)] if recompute else _ATTENTION
     more = (_DORA_AGAIN if recompute else _DORA) if dora else ((0.0, 0.0), (0.0, 0.0))
     width = job.width if recompute or not dora else 4  # DoRA is no 16-bit arithmetic
@@ -211,6 +217,14 @@ def linear(d: Decoder) -> dict[str, tuple[int, int]]:
     attention = ((d.hidden, q), (d.hidden, kv), (d.hidden, kv), (q, d.hidden))
     mlp = ((d.hidden, d.intermediate), (d.hidden, d.intermediate), (d.intermediate, d.hidden))
     return dict(zip(INPUTS, attention + mlp, strict=True))
+
+
+_AT_ONCE = 56  # arrays that MLX hands out new ones for before the first is done, on a CPU: counted for 21 to 147
+
+
+def at_once(sizes: Sequence[int]) -> int:
+    """Numbers whose update is under way at once, at most, of arrays of those sizes that are updated in that order."""
+    return max(sum(sizes[start : start + _AT_ONCE]) for start in range(max(1, len(sizes) - _AT_ONCE + 1)))
 
 
 _SHARE = 0.75  # of the memory: the rest is for the system, for what else runs, and for what is reckoned too low

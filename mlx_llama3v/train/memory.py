@@ -13,7 +13,7 @@ from mlx_llama3v.config import Grid, ProjectorConfig
 from mlx_llama3v.data.batches import LENGTHS, padded
 from mlx_llama3v.data.rows import Row, Rows
 from mlx_llama3v.model import Llama3V
-from mlx_llama3v.plan import INPUTS, Decoder, Learning, TrainJob, largest_batch, linear, memory_limit
+from mlx_llama3v.plan import INPUTS, Decoder, Learning, TrainJob, at_once, largest_batch, linear, memory_limit
 from mlx_llama3v.tensors import parameters
 from mlx_llama3v.train.config import MOST_ROWS, STAGES, TrainConfig
 from mlx_llama3v.train.feed import pad_to
@@ -35,29 +35,28 @@ def training_job(
     grids: Sequence[Grid] = (),
     *,
     targets: int | None = None,
-    learned: int | None = None,
 ) -> TrainJob:
     """One batch of `config.batch_size` rows of `length` tokens, `targets` of them to be learned, and slices `grids`.
 
-    `learned`: numbers that learn, where `lora.prepare` has told; else they are reckoned.
+    `model` as it was loaded: adapters and float32 copies are still to come.
     """
     projector, width = model.config.projector_config, activation_dtype(model).size
     learns = STAGES[config.stage].trains == "projector" or config.tune_projector
     patches = [h * w for h, w in grids]
     most = max(patches, default=0)  # slices are padded to the largest
-    weights = sum(value.nbytes for value in parameters(model).values())
     decoder, decoder_learns = _decoder(model), _decoder_learns(model, config)
     full = decoder_learns is not None and config.tune == "full"
-    if learned is None:  # adapters are still to come, and what learns as it is becomes float32
-        modules = [model.projector] * learns + [model.language_model] * full
-        values = [value for module in modules for value in parameters(module).values()]
-        adapters = 0 if full else _adapters(config, decoder, decoder_learns)
-        learned = adapters + sum(value.size for value in values)
-        weights += 4 * learned - sum(value.nbytes for value in values)
+    modules = [model.language_model] * full + [model.projector] * learns
+    values = [value for module in modules for value in parameters(module).values()]
+    sizes = [value.size for value in values]
+    adapters = 0 if full else _adapters(config, decoder, decoder_learns)
+    learned = adapters + sum(sizes)
+    frozen = sum(value.nbytes for value in parameters(model).values()) - sum(value.nbytes for value in values)
     return TrainJob(
         decoder=decoder,
-        weights=weights,
+        weights=frozen + 4 * learned,
         learned=learned,
+        updated=adapters + at_once(sizes),
         decoder_learns=decoder_learns,
         reached=decoder_learns.blocks if decoder_learns and not (learns or full) else decoder.layers,
         rows=max(1, config.batch_size),
@@ -73,10 +72,10 @@ def training_job(
     )
 
 
-def job_of(model: Llama3V, config: TrainConfig, row: Row, learned: int | None = None) -> TrainJob:
-    """One batch of rows like `row`."""
+def job_of(model: Llama3V, config: TrainConfig, row: Row) -> TrainJob:
+    """One batch of rows like `row`; see `training_job`."""
     grids = [grid for layout in row.layouts for grid in layout.grids]
-    return training_job(model, config, len(row), grids, targets=row.targets, learned=learned)
+    return training_job(model, config, len(row), grids, targets=row.targets)
 
 
 def fitted(config: TrainConfig, model: Llama3V, longest: Row) -> TrainConfig:

@@ -135,6 +135,7 @@ class _Run:
             raise DataError(f"none of {len(used)} records can be trained on; {why}.")
         self.longest = longest_row(self.rows)
         self.config = config = fitted(config, model, self.longest)
+        self.memory = plan.training_memory(job_of(model, config, self.longest)).total
         self.evaluator = Evaluator(held_out, layout, model, config, self.group)
         self.settings = checkpointing.settings(config, self.rows.records, tokens, model, store)
         self.feed = Feed(self.rows, store, model.config, config, self.group.rank(), self.group.size())
@@ -254,7 +255,7 @@ class _Run:
             batch_size=self.config.batch_size,
             batches_per_step=self.config.grad_accumulation_steps,
             rows_per_step=self.config.rows_per_step,
-            memory=plan.training_memory(job_of(self.model, self.config, self.longest, self.trainable.count)).total,
+            memory=self.memory,
             memory_limit=plan.memory_limit(),
             steps=self.feed.steps,
             done=done,
