@@ -6,6 +6,7 @@ import hashlib
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -24,6 +25,7 @@ from mlx_llama3v.embeddings.writer import StoreWriter
 from mlx_llama3v.errors import ContextError, DataError, StoreError
 from mlx_llama3v.projector import pack
 from mlx_llama3v.text.prompt import FIRST_VISUAL, Message, render
+from mlx_llama3v.train.memory import rows_of_use
 from mlx_llama3v.vision.image import image_size
 from mlx_llama3v.vision.tiling import plan
 from tests.kit import KIT, needs_kit
@@ -295,7 +297,10 @@ def test_codes_become_embeddings_on_the_device(codec: str, tmp_path: Path) -> No
 @needs_kit
 @pytest.mark.parametrize("compiled", [False, True])
 def test_little_is_padded_on_the_kits_records(compiled: bool) -> None:
-    """All its LLaVA records ten times over, as so400m/14-384 would split their pictures: 5% at most, in few shapes."""
+    """All its LLaVA records ten times over, as so400m/14-384 would split their pictures: 5% at most, in few shapes.
+
+    In batches of 8 rows, the default, which `--batch-size 0` does not exceed here, and smaller ones.
+    """
     vision, step = VisionConfig(1152, 4304, 27, 16, image_size=384, patch_size=14), 8 if compiled else 4
     lengths: list[int] = []
     for file in sorted((KIT / "llava").rglob("*.json*")):
@@ -306,6 +311,7 @@ def test_little_is_padded_on_the_kits_records(compiled: bool) -> None:
                     lengths.append(len(render(record.messages, layouts, tiny_tokens(), ProjectorConfig())))
     assert len(lengths) > 90 and max(lengths) > 4 * min(lengths)
     lengths = lengths * 10
+    assert rows_of_use(cast(Any, [range(length) for length in lengths])) == 8
     for batch_size in (1, 2, 4, 8):
         batches = order(lengths, batch_size, 0, 0)
         sizes = [(len(b), padded(max(lengths[i] for i in b), step, steps=LENGTHS)) for b in batches]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -12,6 +13,7 @@ from benchmarks.memory import LLAMA3_8B, WAYS, llama3_8b, measure
 from mlx_llama3v import plan
 from mlx_llama3v.errors import RunError
 from mlx_llama3v.tensors import parameters
+from mlx_llama3v.train import memory
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.train.lora import prepare
 from mlx_llama3v.train.memory import training_job
@@ -63,12 +65,39 @@ def test_of_many_arrays_few_are_updated_at_once() -> None:
     gc.collect()
 
 
+def test_a_batch_is_no_larger_than_is_of_use() -> None:
+    def rows(length: int, count: int = 100) -> Any:
+        return [range(length)] * count
+
+    assert [memory.rows_of_use(rows(length)) for length in (3000, 600, 512, 511, 100, 5)] == [8, 8, 8, 16, 64, 256]
+    assert memory.rows_of_use([range(5), range(4000)]) == 8 and memory.rows_of_use(rows(5, 1)) == 256
+
+
+def test_ranks_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each holds its part; so where memory decides, there are as many rows more as there are ranks."""
+    model = tiny_model()
+    rows: Any = [range(600)] * 9
+    config = TrainConfig(stage="pretrain", batch_size=6).resolved()
+    assert [training_job(model, config, 64, ranks=ranks).rows for ranks in (1, 2, 4, 9)] == [6, 3, 2, 1]
+
+    def fitted(ranks: int, **over: Any) -> int:
+        return memory.fitted(replace(config, batch_size=0, **over), model, rows, rows[0], ranks).batch_size
+
+    monkeypatch.setattr(memory, "job_of", lambda model, config, row: training_job(model, config, len(row)))
+    monkeypatch.setattr(memory, "memory_limit", lambda: 1 << 40)
+    assert [fitted(ranks) for ranks in (1, 2, 3)] == [8, 16, 24]
+    assert [fitted(ranks, rows_per_step=8) for ranks in (1, 2, 4)] == [8, 8, 8]
+    one = plan.training_memory(training_job(model, replace(config, batch_size=2), 600)).total
+    monkeypatch.setattr(memory, "memory_limit", lambda: round(one / 0.75) + 1)
+    assert [fitted(ranks) for ranks in (1, 2)] == [2, 4]
+
+
 def test_the_largest_batch_fits_three_quarters() -> None:
     job = llama3_8b(True, "sft")
-    for memory in (16, 24, 36, 64):
-        rows = plan.largest_batch(job, memory * 10**9)
-        assert plan.training_memory(replace(job, rows=rows)).total <= 0.75 * memory * 1e9
-        assert plan.training_memory(replace(job, rows=2 * rows)).total > 0.75 * memory * 1e9
+    for size in (16, 24, 36, 64):
+        rows = plan.largest_batch(job, size * 10**9)
+        assert plan.training_memory(replace(job, rows=rows)).total <= 0.75 * size * 1e9
+        assert plan.training_memory(replace(job, rows=2 * rows)).total > 0.75 * size * 1e9
     assert plan.largest_batch(job, 10**12, most=6) == 4
     with pytest.raises(RunError, match="one row of 1024 tokens needs about 1"):
         plan.largest_batch(llama3_8b(False, "sft"), 16 * 10**9)

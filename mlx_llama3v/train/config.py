@@ -45,7 +45,9 @@ class TrainConfig:
     stage: str = _knob("pretrain", "pretrain: the projector learns; sft: the decoder.", choices=tuple(STAGES))
     iters: int = _knob(0, "Optimizer steps; 0: as many as the epochs need.")
     epochs: int = _knob(1, "Passes over the data, unless --iters is given.", low=1)
-    batch_size: int = _knob(8, "Rows in one forward pass, over all ranks; 0: as many as fit the memory.")
+    batch_size: int = _knob(
+        8, "Rows in one forward pass, over all ranks; 0: what fits the memory, to about 4096 tokens."
+    )
     grad_accumulation_steps: int = _knob(1, "Batches whose gradients make one step.", low=1)
     rows_per_step: int = _knob(0, "Rows of one step, in place of --grad-accumulation-steps: batches are added up.")
     learning_rate: float | None = _knob(

@@ -20,12 +20,27 @@ from mlx_llama3v.train.feed import pad_to
 from mlx_llama3v.train.loss import chunk_bytes
 
 _LOOKED_AT = 64  # rows
+_FEW, _TOKENS = 8, 4096  # rows, and tokens, that a batch may have at least
 
 
 def longest_row(rows: Rows) -> Row:
     """Of the rows that may be the longest, by their bounds, the one that is."""
     places = np.argsort(-rows.bounds, kind="stable")[:_LOOKED_AT]
     return max((rows[place] for place in places.tolist()), key=len)
+
+
+def rows_of_use(rows: Rows) -> int:
+    """Rows beyond which a batch is no faster, and padded more: a power of two, 8 at least, by the mean length of some.
+
+    With 4096 tokens each byte of a weight that is read has thousands of operations, where devices of today want a
+    hundred or so; and the more rows are put together, the more unequal they are.
+    """
+    places = np.unique(np.linspace(0, len(rows) - 1, _LOOKED_AT).astype(int))
+    typical = np.mean([len(rows[place]) for place in places.tolist()])
+    most = _FEW
+    while most * typical < _TOKENS and most < MOST_ROWS:
+        most *= 2
+    return most
 
 
 def training_job(
@@ -35,10 +50,11 @@ def training_job(
     grids: Sequence[Grid] = (),
     *,
     targets: int | None = None,
+    ranks: int = 1,
 ) -> TrainJob:
     """One batch of `config.batch_size` rows of `length` tokens, `targets` of them to be learned, and slices `grids`.
 
-    `model` as it was loaded: adapters and float32 copies are still to come.
+    `model` as it was loaded: adapters and float32 copies are still to come. A batch is shared by `ranks`.
     """
     projector, width = model.config.projector_config, activation_dtype(model).size
     learns = STAGES[config.stage].trains == "projector" or config.tune_projector
@@ -59,7 +75,7 @@ def training_job(
         updated=adapters + at_once(sizes),
         decoder_learns=decoder_learns,
         reached=decoder_learns.blocks if decoder_learns and not (learns or full) else decoder.layers,
-        rows=max(1, config.batch_size),
+        rows=max(1, -(-config.batch_size // ranks)),
         length=padded(length, pad_to(config), steps=LENGTHS),
         width=width,
         recompute=config.grad_checkpoint,
@@ -72,17 +88,21 @@ def training_job(
     )
 
 
-def job_of(model: Llama3V, config: TrainConfig, row: Row) -> TrainJob:
+def job_of(model: Llama3V, config: TrainConfig, row: Row, ranks: int = 1) -> TrainJob:
     """One batch of rows like `row`; see `training_job`."""
     grids = [grid for layout in row.layouts for grid in layout.grids]
-    return training_job(model, config, len(row), grids, targets=row.targets)
+    return training_job(model, config, len(row), grids, targets=row.targets, ranks=ranks)
 
 
-def fitted(config: TrainConfig, model: Llama3V, longest: Row) -> TrainConfig:
-    """`config` with the batch size that the memory of this machine holds, where it is 0. Raises RunError."""
+def fitted(config: TrainConfig, model: Llama3V, rows: Rows, longest: Row, ranks: int = 1) -> TrainConfig:
+    """`config` with the batch size that the memory of this machine holds, and is of use, where it is 0.
+
+    Raises RunError.
+    """
     if config.batch_size:
         return config
-    batch_size = largest_batch(job_of(model, config, longest), memory_limit(), config.rows_per_step or MOST_ROWS)
+    most = min(rows_of_use(rows), -(-(config.rows_per_step or MOST_ROWS) // ranks))
+    batch_size = ranks * largest_batch(job_of(model, config, longest), memory_limit(), most)
     return replace(config, batch_size=batch_size).resolved()
 
 

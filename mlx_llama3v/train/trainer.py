@@ -134,8 +134,8 @@ class _Run:
             why = f"the first: {self.left_out[0]}" if self.left_out else "there is none"
             raise DataError(f"none of {len(used)} records can be trained on; {why}.")
         self.longest = longest_row(self.rows)
-        self.config = config = fitted(config, model, self.longest)
-        self.memory = plan.training_memory(job_of(model, config, self.longest)).total
+        self.config = config = fitted(config, model, self.rows, self.longest, self.group.size())
+        self.memory = plan.training_memory(job_of(model, config, self.longest, self.group.size())).total
         self.evaluator = Evaluator(held_out, layout, model, config, self.group)
         self.settings = checkpointing.settings(config, self.rows.records, tokens, model, store)
         self.feed = Feed(self.rows, store, model.config, config, self.group.rank(), self.group.size())
