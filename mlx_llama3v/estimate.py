@@ -27,7 +27,7 @@ from mlx_llama3v.embeddings.damage import mendable, read_notes
 from mlx_llama3v.embeddings.sample import check_names, evenly
 from mlx_llama3v.embeddings.store import MANIFEST, Manifest, Store, plain, shard_files
 from mlx_llama3v.embeddings.writer import Post
-from mlx_llama3v.errors import DamagedError, ImageError, StoreError, size
+from mlx_llama3v.errors import DamagedError, ImageError, ManifestError, StoreError, size
 from mlx_llama3v.platform import device_name
 from mlx_llama3v.source import Source
 from mlx_llama3v.vision.encode import Encoder
@@ -133,17 +133,32 @@ def missing(
     post: Post | None,
     damage: list[DamagedError],
 ) -> dict[str, Source]:
-    """What `embed` would encode: all but what whole shards of the store, if it is there, hold; `damage` takes the
-    others. Raises StoreError where `embed` would: made with other settings, other pictures of these names."""
-    if not store.is_dir() or not ((store / MANIFEST).exists() or shard_files(store)):
-        return dict(pictures)
+    """What `embed` would encode: all but what whole shards of the store, if it is there, and of the parts that killed
+    ranks left in it hold; `damage` takes the others.
+
+    Raises StoreError where `embed` would: made with other settings, other pictures of these names.
+    """
     wanted = Manifest(plain(encoder.fingerprint()), codec, {} if post is None else plain(post.describe()))
-    manifest = wanted if mendable(store, wanted) else Manifest.read(store)  # `embed` writes it anew
-    manifest.check(store, fingerprint=wanted.fingerprint, codec=codec, post=wanted.post)
-    there = Store(store, damage=damage, noted=read_notes(store), manifest=manifest)
-    held = {name: source for name, source in pictures.items() if name in there}
-    check_names(store, [*held.items()], there.sha_of)
-    return {name: source for name, source in pictures.items() if name not in held}
+    settings = {"fingerprint": wanted.fingerprint, "codec": codec, "post": wanted.post}
+    left, common = dict(pictures), False
+    for place in (store, *sorted(store.glob("rank-*-of-*"))):
+        if not place.is_dir() or not ((place / MANIFEST).exists() or shard_files(place)):
+            continue
+        try:  # a common manifest that can be written anew is; a part that does not belong there is set aside
+            mended = place == store and mendable(place, wanted)
+            manifest = wanted if mended else Manifest.read(place)
+        except ManifestError:
+            if place == store:
+                raise
+            continue
+        if common and manifest.differences(settings):
+            continue
+        manifest.check(place, **settings)
+        common, there = True, Store(place, damage=damage, noted=read_notes(place), manifest=manifest)
+        held = {name: source for name, source in left.items() if name in there}
+        check_names(place, [*held.items()], there.sha_of)
+        left = {name: source for name, source in left.items() if name not in held}
+    return left
 
 
 def scan(
