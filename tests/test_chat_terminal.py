@@ -18,8 +18,8 @@ from mlx_llama3v.cli.dropped import take_dropped
 from mlx_llama3v.cli.transcript import Exchange, from_markdown, to_markdown
 from mlx_llama3v.errors import DataError, UserError
 from mlx_llama3v.inference import Piece, Sampling, load
+from tests.command_line import Cli
 from tests.serving import ENDLESS_CLI, make_directory, png
-from tests.test_cli import Cli, cli  # noqa: F401  (a fixture)
 
 pty = pytest.importorskip("pty")
 
@@ -189,7 +189,7 @@ def test_answers_are_shown_and_never_obeyed(
     assert capsys.readouterr().out == "]0;xa2J\nb\té\n\n"
 
 
-def test_names_with_brackets_are_shown_as_they_are(cli: Cli, directory: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_names_with_brackets_are_shown_as_they_are(cli: Cli, directory: Path, tmp_path: Path) -> None:
     (tmp_path / "photo[copy].jpg").write_bytes(png(1))
     lines = f"{tmp_path}/photo[copy].jpg\n/image [/tmp/a.png]\n/image :cat:.png\n"
     done = cli("chat", "--model", directory, stdin=lines)

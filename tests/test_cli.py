@@ -7,97 +7,21 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
 
-from mlx_llama3v.checkpoint import load_config
 from mlx_llama3v.cli import show
-from mlx_llama3v.cli.app import COMMANDS, build, run
-from mlx_llama3v.cli.interrupt import interruptible
-from mlx_llama3v.demo.dataset import DataSet, draw
+from mlx_llama3v.cli.app import COMMANDS, build
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.weights import TINY
-from mlx_llama3v.weights.convert import convert
-from mlx_llama3v.weights.quantize import QuantConfig
+from tests.command_line import Cli, World, first_picture, refused
 from tests.hf_llama import make_llama
 from tests.hf_siglip import make_siglip
-
-
-@dataclass(frozen=True)
-class Outcome:
-    status: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Outcome]
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """Run the command line in this process."""
-
-    def call(*args: object, stdin: str | bytes = "") -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["llama3v-mlx", *map(str, args)])
-        content = stdin if isinstance(stdin, bytes) else stdin.encode(errors="surrogateescape")
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
-        sys.stderr.reconfigure(errors="backslashreplace")  # as the real one is
-        monkeypatch.setenv("COLUMNS", "200")
-        capsys.readouterr()
-        status = 0
-        try:
-            run()
-        except SystemExit as end:
-            status = int(end.code or 0)
-        said = capsys.readouterr()
-        return Outcome(status, said.out, said.err)
-
-    return call
-
-
-def refused(outcome: Outcome, *words: str) -> None:
-    """One sentence that names what was wrong."""
-    assert outcome.status == 1, outcome
-    assert "Traceback" not in outcome.err
-    sentence = outcome.err[outcome.err.index("error: ") :].strip()
-    assert "\n" not in sentence, sentence
-    for word in words:
-        assert word in sentence, sentence
-
-
-@dataclass(frozen=True)
-class World:
-    """Everything a user has after convert and embed."""
-
-    data: DataSet
-    model: Path
-    store: Path
-    picture: Path
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    from mlx_llama3v.storing import embed_data
-
-    root = tmp_path_factory.mktemp("world")
-    data = draw(root / "data", 8, 9, seed=0)
-    convert(TINY / "siglip", TINY / "llama", root / "model")
-    embed_data(root / "model", data.captions, root / "store", image_folder=data.images)
-    yield World(data, root / "model", root / "store", data.images / "train-00000.png")
-
-
-def _picture(world: World) -> Path:
-    return sorted(world.data.images.iterdir())[0]
 
 
 def test_a_bar_that_begins_anew_has_a_new_rate() -> None:
@@ -232,316 +156,11 @@ def test_convert_refuses_what_would_have_no_effect(cli: Cli, tmp_path: Path) -> 
     refused(cli(*whole, "--max-slices", 2), "--max-slices", "--hf-path")
 
 
-# --- embed and store
-
-
-def test_embed_goes_on(cli: Cli, world: World, tmp_path: Path) -> None:
-    args = ("embed", "--model", world.model, "--data", world.data.captions, "--output", tmp_path / "s")
-    first = cli(*args, "--image-folder", world.data.images)
-    shown = ("slices/s", "waiting for pictures", "% padding", "peak memory")
-    assert [text for text in shown if text not in first.out] == []
-    values = json.loads((tmp_path / "s" / "summary.json").read_text())
-    assert values["new"] == 8 and values["slices_per_second"] > 0 and values["store"]["images"] == 8
-    assert (
-        0 <= values["waiting_share"] <= 1
-        and 0 <= values["padding_share"] <= 0.1
-        and values["peak_memory"] > 1e6
-        and values["machine"]["mlx"]
-    )
-    assert first.status == 0 and "8 pictures encoded" in first.out and "Store:" in first.out.splitlines()[-1]
-    again = cli(*args, "--image-folder", world.data.images)
-    assert "0 pictures encoded" in again.out and "8 were there" in again.out
-
-
-def test_embed_a_folder_with_a_broken_picture(cli: Cli, world: World, tmp_path: Path) -> None:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    shutil.copy(_picture(world), folder / "good.png")
-    (folder / "bad.png").write_bytes(b"not a picture")
-    outcome = cli("embed", "--model", world.model, "--data", folder, "--output", tmp_path / "s")
-    assert outcome.status == 0 and "bad.png" in outcome.err and "1 could not be read" in outcome.out
-
-
-def test_embed_mistakes(cli: Cli, world: World, tmp_path: Path) -> None:
-    model, output = ("--model", world.model), ("--output", tmp_path / "s")
-    refused(cli("embed", *model, "--data", tmp_path / "none.json", *output), "none.json")
-    (tmp_path / "bad.json").write_text('[{"id": 1, ')
-    refused(cli("embed", *model, "--data", tmp_path / "bad.json", *output), "bad.json")
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    refused(cli("embed", *model, "--data", empty, *output), "empty")
-    refused(cli("embed", "--model", TINY / "siglip", "--data", world.data.captions, *output), "llama3v")
-    refused(cli("embed", *model, "--data", world.data.captions, "--output", world.model), "holds a model")
-    (tmp_path / "text.json").write_text(
-        '[{"img": "a.png", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]'
-    )
-    refused(cli("embed", *model, "--data", tmp_path / "text.json", *output), "text.json", "no picture")
-    learns = (
-        "train",
-        *model,
-        "--data",
-        tmp_path / "text.json",
-        "--embeddings",
-        world.store,
-        "--output",
-        tmp_path / "r",
-    )
-    refused(cli(*learns), "text.json", "has a picture")
-    lost = cli("embed", *model, "--data", world.data.captions, "--image-folder", empty, *output)
-    refused(lost, "captions.json", "--image-folder")
-    outcome = cli(
-        "embed", *model, "--data", world.data.captions, "--image-folder", world.data.images,
-        "--output", world.store, "--max-slices", 2,
-    )  # fmt: skip
-    refused(outcome, "max_slices", "2", "6")
-
-
-def test_store_info_and_verify(cli: Cli, world: World) -> None:
-    values = json.loads(cli("store", "info", world.store, "--json").out)
-    assert values["images"] == 8 and values["codec"] == "int4"
-    assert {"slices", "tokens", "bytes"} <= values.keys()
-    assert "images" in cli("store", "info", world.store).out
-    assert "whole" in cli("store", "verify", world.store).out
-
-
-def test_a_manifest_with_another_value_is_blamed_and_mended(cli: Cli, world: World, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    shutil.copytree(world.store, store)
-    manifest = store / "manifest.json"
-    values = json.loads(manifest.read_text())
-    for change, field in (
-        ({"codec": "int8"}, "codec"),
-        ({"fingerprint": {**values["fingerprint"], "x": 1}}, "fingerprint"),
-    ):
-        manifest.write_text(json.dumps(values | change))
-        blamed = cli("store", "verify", store)
-        refused(blamed, str(store), "its manifest is not that of its shards, which are whole")
-        said = " ".join(blamed.err.split())
-        assert str(manifest) in said and field in said and "run again, writes it anew" in said
-        assert "shard-" not in said and not (store / "damage.json").exists()
-        embed = ("embed", "--model", world.model, "--data", world.data.captions, "--image-folder", world.data.images)
-        assert "0 pictures encoded" in cli(*embed, "--output", store).out
-        assert "all whole" in cli("store", "verify", store).out
-        assert json.loads(manifest.read_text()) | {"fidelity": values["fidelity"]} == values
-
-
-def test_ctrl_c_in_any_command_is_told(cli: Cli, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(data: Path, *, partly: bool) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("mlx_llama3v.cli.store.picture_names", interrupted)
-    outcome = cli("store", "prune", world.store, "--keep", world.data.captions)
-    assert outcome.status == 130 and "run the same command again" in outcome.err
-
-
-def test_store_mistakes(cli: Cli, world: World, tmp_path: Path) -> None:
-    refused(cli("store", "info", tmp_path / "none"), "none")
-    copy = tmp_path / "copy"
-    shutil.copytree(world.store, copy)
-    shard = next(copy.glob("shard-*.safetensors"))
-    os.truncate(shard, shard.stat().st_size - 100)
-    refused(cli("store", "info", copy), shard.name)
-
-
-def test_damage_is_told_by_who_sets_it_aside(cli: Cli, world: World, tmp_path: Path) -> None:
-    copy, some, other = tmp_path / "copy", tmp_path / "some.json", tmp_path / "other"
-    some.write_text(json.dumps(json.loads(world.data.captions.read_text())[:2]))
-    embed = ("embed", "--model", world.model, "--data", some, "--image-folder", world.data.images, "--output", copy)
-    for strict in (False, True):
-        shutil.copytree(world.store, copy)
-        shard = next(copy.glob("shard-*.safetensors"))
-        os.truncate(shard, shard.stat().st_size - 100)
-        outcome = cli(*embed, *(["--strict"] if strict else []))
-        assert f"{shard} is damaged" in outcome.err and "6 names of damaged shards not in" in outcome.err, outcome
-        assert outcome.status == strict and ("1 damaged shard of" in outcome.err) == strict, outcome
-        summary = json.loads((copy / "summary.json").read_text())
-        assert len(summary["damage"]) == 1 and str(shard) in summary["damage"][0] and summary["lost"] == 6
-        again = cli(*embed, "--strict")
-        assert again.status == 0 and "damaged" not in again.err
-        shutil.move(copy, other / str(strict))
-    shutil.copytree(world.store, copy)
-    os.truncate(shard, shard.stat().st_size - 100)
-    merged = cli("store", "merge", other / "True", "--output", copy)
-    assert merged.status == 0 and f"{shard} is damaged" in merged.err and "6 names of damaged" in merged.err
-
-
-def test_prune_refuses_to_go_by_data_that_it_cannot_read(cli: Cli, world: World, tmp_path: Path) -> None:
-    copy, keep = tmp_path / "copy", tmp_path / "keep.json"
-    shutil.copytree(world.store, copy)
-    rows = json.loads(world.data.captions.read_text())
-    for row in rows[2:6]:
-        row["conversations"] = "lost"
-    keep.write_text(json.dumps(rows))
-    prune = ("store", "prune", copy, "--keep", keep)
-    refused(cli(*prune), "keep.json", "4 problems", "record 3", "record 5", "--force")
-    assert json.loads(cli("store", "info", copy, "--json").out)["images"] == 8
-    forced = cli(*prune, "--force")
-    assert forced.status == 0 and "4 pictures dropped" in forced.out, forced
-    assert "cannot be read" not in forced.err and json.loads(cli("store", "info", copy, "--json").out)["images"] == 4
-
-
-# --- train
-
-
-def _train(cli: Cli, world: World, output: Path, *more: object, stage: str = "pretrain") -> Outcome:
-    data = world.data.captions if stage == "pretrain" else world.data.conversations
-    return cli(
-        "train", "--model", world.model, "--stage", stage, "--data", data, "--embeddings", world.store,
-        "--output", output, "--batch-size", 4, "--iters", 3, *more,
-    )  # fmt: skip
-
-
-def test_train_both_stages_and_use_them(cli: Cli, world: World, tmp_path: Path) -> None:
-    first = _train(cli, world, tmp_path / "one")
-    assert first.status == 0, first.err
-    assert (tmp_path / "one" / "projector.safetensors").is_file()
-    assert (tmp_path / "one" / "metrics.jsonl").is_file() and (tmp_path / "one" / "loss.png").is_file()
-    second = _train(cli, world, tmp_path / "two", "--projector", tmp_path / "one", stage="sft")
-    assert second.status == 0, second.err
-    assert (tmp_path / "two" / "adapters.safetensors").is_file()
-    outcome = cli(
-        "generate", "--model", world.model, "--run", tmp_path / "two", "--image", _picture(world),
-        "--prompt", "How many shapes are there?", "--max-tokens", 5, "--json",
-    )  # fmt: skip
-    assert outcome.status == 0, outcome.err
-    assert json.loads(outcome.out)["prompt_tokens"] > 16
-    merged = cli("fuse", "--model", world.model, "--run", tmp_path / "two", "--output", tmp_path / "fused")
-    assert merged.status == 0 and merged.out.strip().endswith(str(tmp_path / "fused")), merged
-    again = cli(
-        "generate", "--model", tmp_path / "fused", "--image", _picture(world),
-        "--prompt", "How many shapes are there?", "--max-tokens", 5, "--json",
-    )  # fmt: skip
-    assert json.loads(again.out)["tokens"] == json.loads(outcome.out)["tokens"]
-    packed = convert(TINY / "siglip", TINY / "llama", tmp_path / "q4", quantize=QuantConfig(4, 32)).path
-    whole = cli("fuse", "--model", packed, "--run", tmp_path / "two", "--output", tmp_path / "whole", "--dequantize")
-    assert whole.status == 0 and load_config(tmp_path / "whole").quantization is None, whole
-    refused(cli("fuse", "--model", world.model, "--run", world.model, "--output", tmp_path / "x"), "is not a run")
-
-
-def test_rows_that_are_too_long_are_told_before_the_first_step(cli: Cli, world: World, tmp_path: Path) -> None:
-    """By id, ten of each at most; cut, left out or refused, as asked."""
-    answers = {f"row-{n}": "a red circle " * (1 if n < 3 else 40) for n in range(16)}
-    first = json.loads(world.data.captions.read_text())[0]
-    rows = [
-        {**first, "id": name, "conversations": [first["conversations"][0], {"from": "gpt", "value": answer}]}
-        for name, answer in answers.items()
-    ]
-    (tmp_path / "long.json").write_text(json.dumps(rows))
-    words = {"truncate-text": "shortened: record row-", "drop": "left out: record row-"}
-    for how in ("truncate-text", "drop", "error"):
-        said = cli(
-            "train", "--model", world.model, "--data", tmp_path / "long.json", "--embeddings", world.store, "--output",
-            tmp_path / how, "--iters", 1, "--long-rows", how, "--max-seq-length", 100, "--dry-run",
-        )  # fmt: skip
-        if how == "error":
-            refused(said, "13 of 16 rows have more than 100 tokens", "row-3", "and 3 more")
-            continue
-        told = [line for line in said.err.splitlines() if words[how] in line]
-        assert said.status == 0 and len(told) == 10 and "... and 3 more" in said.err
-        assert all(f"row-{n}" in line and " tokens" in line for n, line in enumerate(told, 3))
-        assert f"{16 if how == 'truncate-text' else 3} rows (none over" in said.err
-
-
-def test_ctrl_c_saves_and_says_how_to_go_on(cli: Cli, world: World, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-
-    def press() -> None:
-        metrics = output / "metrics.jsonl"
-        while not (metrics.exists() and metrics.read_text()):
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=press, daemon=True).start()
-    stopped = _train(cli, world, output, "--iters", 5000, "--steps-per-report", 1)
-    assert stopped.status == 130 and "stopping after this step" in stopped.err
-    step = int(stopped.out[stopped.out.index("Stopped after step ") :].split()[3].rstrip(",").replace(",", ""))
-    last = shlex.split(stopped.out.strip().splitlines()[-1])
-    assert last[0] == "llama3v-mlx" and last[-1] == "--resume" and "mlx.launch" not in stopped.out
-    resumed = cli(*last[1:-1], "--iters", step + 1, "--resume")
-    assert resumed.status == 1 and "iters" in resumed.err  # the schedule of the run is another one then
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), interruptible() as asked:
-        assert not asked()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert asked()
-        os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_sft_goes_on_from_a_projector_alone(cli: Cli, world: World, tmp_path: Path, monkeypatch: Any) -> None:
-    """As in the preset's own first line: model and store are those of the run, wherever one stands."""
-    monkeypatch.chdir(world.model.parent)
-    at_hand = ("--model", world.model.name, "--embeddings", world.store.name, "--iters", 1)
-    cli("train", "--config", "pretrain", *at_hand, "--data", world.data.captions, "--output", tmp_path / "one")
-    monkeypatch.chdir(tmp_path)
-    args = ("train", "--config", "sft", "--projector", "one", "--data", world.data.conversations, "--iters", 1)
-    outcome = cli(*args, "--output", "two")
-    assert outcome.status == 0, outcome.err
-    assert (tmp_path / "two" / "adapters.safetensors").is_file()
-    assert "no row is held out, so nothing is evaluated: val_split 0.002 leaves none beside" in outcome.err
-    on = cli("train", "--projector", "one", "--data", world.data.captions, "--iters", 1, "--output", "on", "--dry-run")
-    assert on.status == 0 and "as in the pretrain run" not in on.err, on.err  # stage pretrain finds the model, too
-    refused(cli(*args[:4], world.model, *args[5:], "--output", "three"), "--model")  # no run: nothing to take over
-    told = json.loads((tmp_path / "one" / "config.json").read_text())
-    told["store"]["path"] = str(tmp_path / "gone")
-    (tmp_path / "one" / "config.json").write_text(json.dumps(told))
-    refused(cli(*args, "--output", "three"), str(tmp_path / "gone"), "--embeddings")
-
-
-def test_train_writes_over_nothing(cli: Cli, world: World, tmp_path: Path) -> None:
-    before = (world.model / "config.json").read_bytes()
-    refused(_train(cli, world, world.model), str(world.model), "model")
-    refused(_train(cli, world, world.store), str(world.store), "store")
-    assert (world.model / "config.json").read_bytes() == before and not (world.store / "config.json").exists()
-
-
-def test_train_config_file_and_command_line(cli: Cli, world: World, tmp_path: Path) -> None:
-    (tmp_path / "c.toml").write_text("learning_rate = 0.5\nseed = 7\n")
-    outcome = _train(cli, world, tmp_path / "run", "--config", tmp_path / "c.toml", "--seed", 8)
-    assert outcome.status == 0, outcome.err
-    (tmp_path / "d.toml").write_text('report_to = "wandb"\nlora_keys = "q_proj"\nstage = "sft"\n')
-    refused(_train(cli, world, tmp_path / "sft", "--config", tmp_path / "d.toml"), "stage pretrain")  # one word: a list
-    text = (tmp_path / "run" / "config.json").read_text()
-    assert '"learning_rate": 0.5' in text and '"seed": 8' in text
-
-
-def test_train_mistakes(cli: Cli, world: World, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    base = ("train", "--model", world.model, "--stage", "pretrain", "--output", output)
-    refused(cli(*base, "--data", world.data.captions, "--embeddings", tmp_path / "none"), "none")
-    refused(cli(*base, "--data", tmp_path / "no.json", "--embeddings", world.store), "no.json")
-    assert cli("train", "--model", world.model, "--stage", "both").status == 2
-    (tmp_path / "c.toml").write_text("learnign_rate = 1\n")
-    refused(_train(cli, world, output, "--config", tmp_path / "c.toml"), "learnign_rate")
-    (tmp_path / "d.toml").write_text("[train]\nlearning_rate = 1\n")
-    refused(_train(cli, world, output, "--config", tmp_path / "d.toml"), "[train]", "section")
-    refused(_train(cli, world, output, "--tune", "dora", "--lora-keys", "q_proj"), "--tune, --lora-keys", "--stage sft")
-    refused(_train(cli, world, output, "--codec", "int8"), "--codec", "--embed-ahead")
-    refused(_train(cli, world, output, "--image-folder", world.data.images), "--image-folder", "--embed-ahead")
-    refused(_train(cli, world, output, "--val-rows", 2, "--steps-per-eval", 1), "--steps-per-eval", "--val-split")
-    refused(_train(cli, world, output, "--compile", "--lanes", 2), "--lanes", "compiled")
-    sft = ("--projector", tmp_path / "one")
-    refused(_train(cli, world, output, *sft, "--tune", "full", "--lora-rank", 4, stage="sft"), "--lora-rank", "full")
-    refused(_train(cli, world, output, *sft, "--projector-learning-rate", 1, stage="sft"), "--tune-projector")
-    refused(_train(cli, world, output, *sft, "--lora-dropout", 0.1, "--lanes", 2, stage="sft"), "--lanes", "dropout")
-    refused(_train(cli, world, output, "--config", "pretrain", "--grad-accumulation-steps", 2), "rows_per_step")
-    refused(_train(cli, world, output, "--learning-rate", -1), "learning_rate", "-1")
-    strangers = [{"id": "x", "image": "x.png", "conversations": [{"from": "gpt", "value": "A cat."}]}]
-    (tmp_path / "x.json").write_text(json.dumps(strangers))
-    refused(cli(*base, "--data", tmp_path / "x.json", "--embeddings", world.store), "x.json")
-    refused(_train(cli, world, output, "--projector", tmp_path / "none", stage="sft"), "none")
-    refused(_train(cli, world, output, stage="sft"), "--projector")
-    make_siglip(tmp_path / "other")
-    cli("convert", "--vision", tmp_path / "other", "--llm", TINY / "llama", "--mlx-path", tmp_path / "m")
-    base = ("train", "--model", tmp_path / "m", "--output", output)
-    refused(cli(*base, "--data", world.data.captions, "--embeddings", world.store), str(world.store), "vision")
-
-
 # --- generate, chat, classify
 
 
 def test_generate_text_and_stdin(cli: Cli, world: World) -> None:
-    args = ("generate", "--model", world.model, "--image", _picture(world), "--max-tokens", 4)
+    args = ("generate", "--model", world.model, "--image", first_picture(world), "--max-tokens", 4)
     asked = cli(*args, "--prompt", "What is it?", "--verbose")
     assert asked.status == 0 and "prompt: " in asked.err and "visual tokens" in asked.err
     assert cli(*args, "--prompt", "-", stdin="What is it?").out == asked.out
@@ -565,7 +184,7 @@ def test_generate_mistakes(cli: Cli, world: World, tmp_path: Path) -> None:
 def test_chat_takes_pictures_and_commands(cli: Cli, world: World) -> None:
     lines = [
         "/help",
-        f"/image {_picture(world)}",
+        f"/image {first_picture(world)}",
         "What is it?",
         "/reset",
         "/image none.png",
@@ -582,20 +201,20 @@ def test_text_that_is_no_text_is_told(cli: Cli, world: World) -> None:
     """Bytes that are not UTF-8 reach Python as half characters."""
     half = "caf\udce9"
     refused(cli("generate", "--model", world.model, "--prompt", half), "UTF-8", "udce9")
-    refused(cli("classify", "--model", world.model, "--image", _picture(world), "--text", half), "UTF-8")
+    refused(cli("classify", "--model", world.model, "--image", first_picture(world), "--text", half), "UTF-8")
     outcome = cli("chat", "--model", world.model, "--max-tokens", 2, stdin=f"{half}\nWhat?\n")
     assert outcome.status == 0 and "UTF-8" in outcome.err and outcome.out.strip()  # the conversation goes on
 
 
 def test_chat_takes_a_dropped_path(cli: Cli, world: World, tmp_path: Path) -> None:
     picture = tmp_path / "my picture.png"
-    shutil.copy(_picture(world), picture)
+    shutil.copy(first_picture(world), picture)
     dropped = str(picture).replace(" ", "\\ ")
     assert "next question" in cli("chat", "--model", world.model, stdin=dropped).out
 
 
 def test_classify_from_both_kinds_of_directory(cli: Cli, world: World) -> None:
-    args = ("--image", _picture(world), "--text", "a red circle", "--text", "a chart", "--json")
+    args = ("--image", first_picture(world), "--text", "a red circle", "--text", "a chart", "--json")
     from_checkpoint = json.loads(cli("classify", "--model", TINY / "siglip", *args).out)
     from_model = json.loads(cli("classify", "--model", world.model, *args).out)
     assert from_checkpoint == from_model
@@ -605,7 +224,7 @@ def test_classify_from_both_kinds_of_directory(cli: Cli, world: World) -> None:
 
 
 def test_classify_mistakes(cli: Cli, world: World, tmp_path: Path) -> None:
-    picture = _picture(world)
+    picture = first_picture(world)
     refused(cli("classify", "--model", TINY / "llama", "--image", picture, "--text", "x"), str(TINY / "llama"))
     refused(cli("classify", "--model", world.model, "--image", tmp_path / "no.png", "--text", "x"), "no.png")
     assert cli("classify", "--model", world.model, "--image", picture).status == 2
@@ -682,18 +301,6 @@ def test_export(cli: Cli, tmp_path: Path) -> None:
     shown = " ".join(cli("export", "--help").out.split())
     for name in ("hf", "peft", "gguf", "hub"):  # an example of each
         assert f"--format {name} --" in shown
-
-
-def test_embed_ahead_takes_pool_and_slices(cli: Cli, world: World, tmp_path: Path) -> None:
-    outcome = cli(
-        "train", "--model", world.model, "--data", world.data.captions, "--embed-ahead", "--image-folder",
-        world.data.images, "--pool", 2, "--max-slices", 0, "--output", tmp_path / "run", "--batch-size", 4,
-        "--iters", 2,
-    )  # fmt: skip
-    assert outcome.status == 0, outcome.err
-    told = json.loads((tmp_path / "run" / "config.json").read_text())["store"]
-    assert told["post"]["pool"] == 2 and told["tiling"]["max_slices"] == 0
-    refused(_train(cli, world, tmp_path / "two", "--pool", 2), "--pool would have no effect")
 
 
 def test_of_several_processes_the_first_one_speaks(world: World, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.command_line import Cli, refused
 from tests.serving import make_directory, png
-from tests.test_cli import Cli, cli, refused  # noqa: F401  (a fixture)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_pictures_and_json(cli: Cli, directory: Path) -> None:  # noqa: F811
+def test_pictures_and_json(cli: Cli, directory: Path) -> None:
     base = ("generate", "--model", directory, "--prompt", "What?", "--max-tokens", 5, "--json")
     images = [word for n in (0, 1) for word in ("--image", directory.parent / f"{n}.png")]
     both = json.loads(cli(*base, *images, "--max-slices", 2).out)
@@ -34,7 +34,7 @@ def test_pictures_and_json(cli: Cli, directory: Path) -> None:  # noqa: F811
     assert json.loads(cli(*base, "--image", "-", stdin=png(0)).out)["text"] == one["text"]
 
 
-def test_a_file_of_questions_goes_on(cli: Cli, directory: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_file_of_questions_goes_on(cli: Cli, directory: Path, tmp_path: Path) -> None:
     questions, answers = directory.parent / "q.jsonl", tmp_path / "a.jsonl"
     rows = [{"prompt": f"{n}?", "image": f"{n % 3}.png"} for n in range(5)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -54,7 +54,7 @@ def test_a_file_of_questions_goes_on(cli: Cli, directory: Path, tmp_path: Path) 
     assert broken.status == 1 and "none.png" in json.loads(broken.out)["error"] and "1 failed" in broken.err
 
 
-def test_questions_are_not_answered_into_their_own_file(cli: Cli, directory: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_questions_are_not_answered_into_their_own_file(cli: Cli, directory: Path, tmp_path: Path) -> None:
     questions = tmp_path / "q.jsonl"
     questions.write_text(content := '{"id": "a", "prompt": "x"}\n{"id": "b", "prompt": "y", "image": "0.png"}\n')
     (tmp_path / "link").symlink_to(questions)
@@ -66,13 +66,13 @@ def test_questions_are_not_answered_into_their_own_file(cli: Cli, directory: Pat
     assert questions.read_text() == (tmp_path / "copy.jsonl").read_text() == content
 
 
-def test_lines_of_questions_end_at_newlines_alone(cli: Cli, directory: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_lines_of_questions_end_at_newlines_alone(cli: Cli, directory: Path, tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text('{"prompt": "What\u2028shape\u0085?"}\r\n', encoding="utf-8")
     found = cli("generate", "--model", directory, "--prompts", tmp_path / "q.jsonl", "--max-tokens", 2)
     assert found.status == 0 and json.loads(found.out)["prompt"] == "What\u2028shape\u0085?", found.err
 
 
-def test_bytes_that_are_no_text(cli: Cli, directory: Path) -> None:  # noqa: F811
+def test_bytes_that_are_no_text(cli: Cli, directory: Path) -> None:
     base, odd = ("generate", "--model", directory, "--max-tokens", 2), b'{"prompt": "a \xff?"}\n{"prompt": "b?"}\n'
     refused(cli(*base, "--prompt", "-", stdin=odd), "not valid UTF-8")
     asked = cli(*base, "--prompts", "-", stdin=odd)
@@ -81,7 +81,7 @@ def test_bytes_that_are_no_text(cli: Cli, directory: Path) -> None:  # noqa: F81
     assert talk.status == 0 and talk.out and "not valid UTF-8" in talk.err and "none.md cannot be written" in talk.err
 
 
-def test_mistakes(cli: Cli, directory: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_mistakes(cli: Cli, directory: Path, tmp_path: Path) -> None:
     base = ("generate", "--model", directory)
     refused(cli(*base), "--prompt", "--prompts")
     refused(cli(*base, "--prompt", "x", "--prompts", "y"), "either")
@@ -93,7 +93,7 @@ def test_mistakes(cli: Cli, directory: Path, tmp_path: Path) -> None:  # noqa: F
     refused(cli(*base, "--prompt", "x", "--top-p", 0), "top_p")
 
 
-def test_serve_refuses(cli: Cli, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_serve_refuses(cli: Cli, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = ("serve", "--model", directory)
     refused(cli(*base, "--max-batch", 0), "max_batch")
     refused(cli(*base, "--image-dir", tmp_path / "none"), "none")
@@ -102,7 +102,7 @@ def test_serve_refuses(cli: Cli, directory: Path, tmp_path: Path, monkeypatch: p
     refused(cli(*base), "mlx-llama3v[serve]")
 
 
-def test_serve_takes_its_port_before_the_model_is_loaded(cli: Cli, directory: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_serve_takes_its_port_before_the_model_is_loaded(cli: Cli, directory: Path, tmp_path: Path) -> None:
     pytest.importorskip("uvicorn")
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
@@ -118,7 +118,7 @@ def test_serve_takes_its_port_before_the_model_is_loaded(cli: Cli, directory: Pa
 def test_serve_says_where_it_is(
     host: str,
     shown: str,
-    cli: Cli,  # noqa: F811
+    cli: Cli,
     directory: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -24,7 +23,6 @@ from mlx_llama3v.config import Encoded, ImageConfig, ProjectorConfig, TilingConf
 from mlx_llama3v.data.dataset import read_data
 from mlx_llama3v.data.hf import TableCell
 from mlx_llama3v.data.sources import FilePart, Refused
-from mlx_llama3v.embeddings import tools
 from mlx_llama3v.embeddings.codec import CODECS
 from mlx_llama3v.embeddings.embed import EmbedProgress
 from mlx_llama3v.embeddings.store import Store
@@ -36,8 +34,6 @@ from mlx_llama3v.weights import TINY
 from mlx_llama3v.weights.convert import convert
 from mlx_llama3v.weights.vlm import convert_vlm
 from tests.parity.test_bunny import Reference
-from tests.test_cli import Cli, cli, refused  # noqa: F401  (a fixture)
-from tests.test_damage import damage
 from tests.test_webdataset import shard
 
 SO400M = VisionConfig(1152, 4304, num_hidden_layers=27, num_attention_heads=16, image_size=384, patch_size=14)
@@ -179,31 +175,6 @@ def test_a_place_or_data_that_embed_refuses_the_estimate_refuses(model: Path, ph
                 ask(model, data, output)
             said.append(str(caught.value))
         assert said[0] == said[1]
-
-
-@pytest.mark.parametrize("how", ["cut", "flipped"])
-def test_pictures_of_a_damaged_shard_are_to_be_made_anew(
-    cli: Cli,  # noqa: F811
-    model: Path,
-    photos: Path,
-    tmp_path: Path,
-    how: str,
-) -> None:
-    store = tmp_path / "store"
-    embed_data(model, photos, store, codec="int8", shard_bytes=100_000)
-    first = sorted(store.glob("shard-*"))[0]
-    held = sum(shard.index.name_count for shard in Store(store).shards if shard.path == first)
-    if how == "cut":
-        os.truncate(first, first.stat().st_size - 4)
-    else:  # only a checksum tells, and only `verify` compares it
-        damage(first)
-        assert [*tools.verify(store)] == [first.name]
-    found = estimate_data(model, photos, store, codec="int8")
-    assert (found.reused, found.volume.pictures) == (6 - held, held) and 0 < held < 6
-    assert len(found.damage) == 1 and str(first) in found.damage[0] and first.exists()
-    said = cli("embed", "--model", model, "--data", photos, "--output", store, "--codec", "int8", "--estimate")
-    assert said.status == 0 and f"{first} is damaged" in said.err and "its pictures count as not stored." in said.err
-    assert embed_data(model, photos, store, codec="int8").summary.new == held
 
 
 def test_a_cpu_does_both_with_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,50 +348,6 @@ def test_the_measurement_warms_up_and_passes_over_what_is_broken(tmp_path: Path)
     assert speed.slice_seconds > 0.001 and speed.encode_seconds == pytest.approx(speed.slice_seconds / 3)
     encoder = _Encoder()
     assert estimate.measure([good] * 9, encoder, 2, limit_seconds=0.0).slices == 2 and encoder.batches == [2]
-
-
-def test_the_command(cli: Cli, model: Path, photos: Path, tmp_path: Path) -> None:  # noqa: F811
-    args = ("embed", "--model", model, "--data", photos, "--output", tmp_path / "s")
-    shown = cli(*args, "--estimate")
-    assert shown.status == 0 and "slices/s" in shown.out and "float16" in shown.out and "int4" in shown.out
-    assert "left out: broken.jpg" in shown.err and "stored once" in shown.out
-    whole = json.loads(cli(*args, "--estimate", "--json").out)
-    assert whole["pictures"] == 6 and list(whole["unreadable"]) == ["broken.jpg"] and whole["fits"]["int4"] is True
-    single = json.loads(cli(*args, "--estimate", "--json", "--max-slices", 0).out)
-    assert single["slices"] == 6 < whole["slices"] and single["bytes"]["int8"] < whole["bytes"]["int8"]
-    assert not (tmp_path / "s").exists()
-    refused(cli(*args, "--estimate", "--strict"), "1 pictures or records would be left out")
-    refused(cli(*args, "--json"), "--json belongs to --estimate")
-
-
-def test_a_name_that_is_no_unicode_is_no_crash(cli: Cli, model: Path, photos: Path, tmp_path: Path) -> None:  # noqa: F811
-    talk = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]
-    names = ("0.jpg", "\ud800/a.png", "\ud800.png")
-    (tmp_path / "d.json").write_text(json.dumps([{"image": name, "conversations": talk} for name in names]))
-    args = ("--model", model, "--data", tmp_path / "d.json", "--image-folder", photos, "--output", tmp_path / "s")
-    said = json.loads(cli("embed", *args, "--estimate", "--json").out)
-    assert said["pictures"] == 1 and [*said["unreadable"]] == [*names[1:]]
-    assert cli("embed", *args, "--estimate").status == 0
-    shown = cli("embed", *args)
-    assert shown.status == 0 and "2 could not be read" in shown.out and "its name is not valid Unicode" in shown.err
-
-
-def test_strict_is_an_error_after_everything_else_is_stored(
-    cli: Cli,  # noqa: F811
-    model: Path,
-    photos: Path,
-    tmp_path: Path,
-) -> None:
-    args = ("embed", "--model", model, "--data", photos, "--output", tmp_path / "s")
-    refused(cli(*args, "--strict"), "1 pictures or records could not be read")
-    assert len(Store(tmp_path / "s")) == 6
-    lenient = cli(*args)
-    assert lenient.status == 0 and "1 could not be read" in lenient.out
-    (tmp_path / "good").mkdir()
-    shutil.copy(photos / "0.jpg", tmp_path / "good")
-    assert (
-        cli("embed", "--model", model, "--data", tmp_path / "good", "--output", tmp_path / "g", "--strict").status == 0
-    )
 
 
 def test_the_models_own_pooling_and_projector_count(model: Path) -> None:

@@ -6,6 +6,7 @@ process may be one of several ranks.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -98,6 +99,10 @@ def run(config: TrainConfig, store: Store, path: Path, *, drawn: bool = False, *
     records = over.pop("records", captions() if config.stage == "pretrain" else chats())
     model = over.pop("model", None) or tiny_model(scale=1.0)
     return train(config, model, tiny_tokens(), store, records, path, **over)
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 # Steps of two batches, the last of which has a single row; and steps of one row, so that a second rank has none.
