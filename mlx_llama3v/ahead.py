@@ -1,11 +1,11 @@
 """`train --embed-ahead`: a second process encodes what training reads next, so that the data may exceed the disk.
 
 The parent knows the layout of every picture from its header, so rows, lengths and order are as with a full store; it
-writes down the reads of the whole run, starts the encoder, and reads through a RollingStore. The child (`python -m
-mlx_llama3v.ahead DIRECTORY`) encodes them in that order within the budget; it ends when all is done or when its
-parent is gone. A resumed run starts a new child at its own turn; of the run before it takes what the codec was fitted
-to, and the pictures of held-out rows. Nothing is written before the trainer asks for these (RollingStore.hold), or for
-the first batch: it has the run directory for itself then.
+starts the encoder, writes down the reads of the whole run while that is at work on the first of them, and reads through
+a RollingStore. The child (`python -m mlx_llama3v.ahead DIRECTORY`) encodes them in that order within the budget; it
+ends when all is done or when its parent is gone. A resumed run starts a new child at its own turn; of the run before it
+takes what the codec was fitted to, and the pictures of held-out rows. Nothing is written before the trainer asks for
+these (RollingStore.hold), or for the first batch: it has the run directory for itself then.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,7 @@ SPEC, READS, LOG, CHANNELS, HELD = "spec.json", "reads.jsonl", "encoder.log", "c
 _ROLLING = "rolling-"
 _CHILD = "from mlx_llama3v.platform import without_torch as f; f(); from mlx_llama3v.ahead import main; main()"
 _CHUNK = 2048  # reads that are handed to the pipeline at once
+_PAUSE = 0.02  # seconds between two looks at a file that grows
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Ahead:
         self._directory, self._config, self._images = directory, config, images
         self._fitted = resume  # whether a codec that was fitted there is this run's
         self._process: subprocess.Popen[bytes] | None = None
+        self._reads: _Reads | None = None
         model = load_config(resolve(config.model, offline=config.offline))
         encoder = self._encoder
         self._post = post = load_post(
@@ -139,7 +142,7 @@ class Ahead:
             )
 
     def _start(self, turns: Iterable[tuple[int, Sequence[str]]]) -> Path:
-        """Start the encoder on the reads of these turns (another one, if there was, ends).
+        """Start the encoder on the reads of these turns (another one, if there was, ends), which a thread asks for.
 
         In a new directory: the encoder of a run that was killed may live for a moment longer.
         """
@@ -156,7 +159,7 @@ class Ahead:
             json.dumps([turn, [[name, str(self._images[name])] for name in dict.fromkeys(names) if name not in always]])
             for turn, names in turns
         )
-        write_atomic(target / READS, (f"{line}\n".encode() for line in lines))
+        self._reads = _Reads(target / READS, lines)
         write_atomic(target / SPEC, [json.dumps(asdict(self._config)).encode()])
         command = [sys.executable, "-c", _CHILD, str(target), str(os.getpid())]
         with open(self._directory / LOG, "wb") as log:
@@ -164,10 +167,13 @@ class Ahead:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
+        self._reads.start()
         return target
 
     def _check(self) -> None:
-        """Raises StoreError where the encoder has ended and something is still wanted of it."""
+        """Raises StoreError where the encoder has ended, or is told no more, and something is still wanted of it."""
+        if self._reads is not None and (error := self._reads.error) is not None:
+            raise StoreError(f"what is to be read next cannot be written to {self._directory}: {error}") from error
         if self._process is not None and self._process.poll() not in (None, 0):
             lines = (self._directory / LOG).read_text(errors="replace").strip().splitlines()
             why = lines[-1] if lines else f"status {self._process.returncode}"
@@ -175,6 +181,9 @@ class Ahead:
 
     def close(self) -> None:
         """End the encoder."""
+        if self._reads is not None:
+            self._reads.close()
+            self._reads = None
         if self._process is not None:
             self._process.kill()  # nothing that it has is needed any more
             self._process.wait()
@@ -186,6 +195,39 @@ class Ahead:
     def __exit__(self, *_: object) -> None:
         self.close()
         shutil.rmtree(self._directory / f"{_ROLLING}{os.getpid()}", ignore_errors=True)
+
+
+class _Reads(Thread):
+    """Writes one line a turn to a file that the encoder follows: number, names and paths; after the last one null.
+
+    To know them means to lay out all rows of the run, which takes minutes for a million. Half of the time is left to
+    the training.
+    """
+
+    def __init__(self, file: Path, lines: Iterable[str]) -> None:
+        super().__init__(name="reads", daemon=True)
+        self._file, self._lines, self._closed = file, chain(lines, ("null",)), Event()
+        self.error: Exception | None = None
+        file.touch()
+
+    def run(self) -> None:
+        """Until all are written or `close` is called; an error waits in `error`."""
+        try:
+            with open(self._file, "w", encoding="utf-8") as file:
+                started = time.perf_counter()
+                for line in self._lines:
+                    file.write(f"{line}\n")
+                    file.flush()
+                    if self._closed.wait(time.perf_counter() - started):
+                        return
+                    started = time.perf_counter()
+        except Exception as error:
+            self.error = error
+
+    def close(self) -> None:
+        """Write no more."""
+        self._closed.set()
+        self.join()
 
 
 def _lives(rolling: Path) -> bool:
@@ -226,11 +268,15 @@ def encode(directory: Path, parent: int) -> None:
         if os.getppid() != parent:
             raise SystemExit(1)
 
+    def wait() -> None:
+        check()
+        writer.flush()  # the reader may want what is encoded so far
+
     channels = load((directory.parent / CHANNELS).read_bytes())
     writer = RollingWriter(directory, encoder.fingerprint(), config.codec, config.budget, post, channels, check)
     try:
         turn = -1
-        for chunk, turn in _chunks(directory / READS):  # noqa: B007 (the last one is told at the end)
+        for chunk, turn in _chunks(directory / READS, wait):  # noqa: B007 (the last one is told at the end)
             check()
             embed_images(chunk, encoder, writer, batch_size=config.batch_size)  # type: ignore[arg-type]
         writer.end(turn)
@@ -245,17 +291,23 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _chunks(file: Path) -> Iterator[tuple[list[tuple[str, Path]], int]]:
-    """Reads of whole turns, about _CHUNK at once, and their last turn."""
+def _chunks(file: Path, wait: Callable[[], None]) -> Iterator[tuple[list[tuple[str, Path]], int]]:
+    """Reads of whole turns, about _CHUNK at once, or what there is so far, and their last turn."""
     chunk: list[tuple[str, Path]] = []
-    turn = -1
+    turn, line = -1, ""
     with open(file, encoding="utf-8") as lines:
-        for line in lines:
-            turn, images = json.loads(line)
-            chunk += [(read_name(turn, name), Path(path)) for name, path in images]
-            if len(chunk) >= _CHUNK:
+        while (line := line + lines.readline()) != "null\n":
+            whole = line.endswith("\n")
+            if whole:
+                turn, images = json.loads(line)
+                chunk += [(read_name(turn, name), Path(path)) for name, path in images]
+                line = ""
+            if chunk and (len(chunk) >= _CHUNK or not whole):
                 yield chunk, turn
                 chunk = []
+            elif not whole:  # its writer has not come further
+                wait()
+                time.sleep(_PAUSE)
     yield chunk, turn
 
 

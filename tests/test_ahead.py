@@ -8,10 +8,12 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -97,6 +99,27 @@ def test_every_read_is_what_a_full_store_gives(model: Path, data: DataSet, whole
                 np.testing.assert_allclose(store.read(name).patches, whole.read(name).patches, rtol=2e-3, atol=2e-3)
         assert 0 < most <= 1.5 * BUDGET
     assert not [*tmp_path.glob("rolling-*")]
+
+
+def test_the_encoder_begins_before_all_reads_are_known(model: Path, data: DataSet, tmp_path: Path) -> None:
+    """Of a long run it takes minutes to lay out all rows. An error on the way is told to who waits."""
+    paths, more = images(data), Event()
+    first, second, *_ = turns([*paths], epochs=1)
+
+    def reads() -> Iterator[tuple[int, list[str]]]:
+        yield first
+        assert more.wait(60)
+        yield second
+        raise ValueError("no further")
+
+    with Ahead(tmp_path, AheadConfig(str(model), BUDGET, "float16"), paths) as ahead:
+        ahead.store.expect(reads())
+        ahead.store.begin(0)
+        assert not more.is_set() and [ahead.store.read(name) for name in first[1]]
+        more.set()
+        ahead.store.begin(1)
+        with pytest.raises(StoreError, match=r"what is to be read next cannot be written to .*: no further"):
+            ahead.store.begin(2)
 
 
 def test_a_resumed_run_reads_from_its_own_turn(model: Path, data: DataSet, whole: Store, tmp_path: Path) -> None:

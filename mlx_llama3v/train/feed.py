@@ -41,15 +41,12 @@ class Feed:
         self._rows, self._store, self._model, self._config = rows, store, model, config
         self._pad_to = pad_to(config)
         self._rank, self._ranks, self._lanes = rank, ranks, max(1, config.lanes)
+        self._walk = self._begin()
         self._accumulate = config.grad_accumulation_steps
-        self.per_epoch = -(-len(rows) // config.batch_size)
+        self.per_epoch = batches_of(rows, config)
         self.total = config.iters * self._accumulate or config.epochs * self.per_epoch
         self.steps = -(-self.total // self._accumulate)
-        self._epoch, self._order = -1, Order(0, 1, 0, 0)
-        self._window = -1
-        self._made: dict[int, Row] = {}
         self.unseen: dict[str, Problem] = {}
-        self._batches: list[list[int]] = []
 
     def first(self, step: int) -> int:
         """The first batch of `step`; the last step may have fewer batches than the others."""
@@ -65,8 +62,8 @@ class Feed:
 
         Raises StoreError.
         """
-        numbers = range(self.first(step), self.total)
-        self._store.expect((n, [name for row in self._pick(n) for name in row.images]) for n in numbers)
+        numbers, ahead = range(self.first(step), self.total), self._begin()
+        self._store.expect((n, [name for row in ahead.rows(n) for name in row.images]) for n in numbers)
         waiting: deque[Future[list[Batch]]] = deque()
         pool = ThreadPoolExecutor(1, "batches")
         try:
@@ -82,7 +79,7 @@ class Feed:
 
     def _collate(self, number: int) -> list[Batch]:
         """The parts have like lengths: the rows of a batch are sorted, and dealt in turn."""
-        rows = self._pick(number)
+        rows = self._walk.rows(number)
         unread = self._store.begin(number, [name for row in rows for name in row.images])
         for row in rows if unread else ():
             if name := next((name for name in row.images if name in unread), None):
@@ -93,11 +90,24 @@ class Feed:
         packed = self._config.pack
         return [collate(part, self._store, self._model, self._pad_to, packed=packed) for part in parts if part]
 
-    def _pick(self, number: int) -> list[Row]:
-        """This rank's rows of a batch. Rows are laid out once an epoch: those of a window when its turn comes."""
-        epoch, place = divmod(number, self.per_epoch)
+    def _begin(self) -> _Walk:
+        return _Walk(self._rows, self._config, self._rank, self._ranks)
+
+
+class _Walk:
+    """One rank's rows of batch after batch. Rows are laid out once an epoch: those of a window when its turn comes."""
+
+    def __init__(self, rows: Sequence[Row], config: TrainConfig, rank: int, ranks: int) -> None:
+        self._rows, self._config, self._rank, self._ranks = rows, config, rank, ranks
+        self._epoch, self._window, self._order = -1, -1, Order(0, 1, 0, 0)
+        self._made: dict[int, Row] = {}
+        self._batches: list[list[int]] = []
+
+    def rows(self, number: int) -> list[Row]:
+        """Of that batch of the run."""
+        config = self._config
+        epoch, place = divmod(number, batches_of(self._rows, config))
         if epoch != self._epoch:
-            config = self._config
             lengths = None if config.pack else self._lengths
             self._order = Order(len(self._rows), config.batch_size, config.seed, epoch, lengths)
             self._epoch, self._window = epoch, -1
@@ -111,6 +121,11 @@ class Feed:
     def _lengths(self, rows: Sequence[int]) -> list[int]:
         self._made = {i: self._rows[i] for i in rows}
         return [len(self._made[i]) for i in rows]
+
+
+def batches_of(rows: Sequence[Row], config: TrainConfig) -> int:
+    """Batches of one pass over the rows."""
+    return -(-len(rows) // config.batch_size)
 
 
 def pad_to(config: TrainConfig) -> int:
