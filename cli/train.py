@@ -121,7 +121,7 @@ def train(
             image_folder=embedding.image_folder,
             resume=resume,
             offline=offline,
-            callbacks=_watch(bar, stop, wanted.val_split),
+            callbacks=_watch(bar, stop, wanted.val_split, resume),
             dry_run=dry_run,
         )
     _say(result, dry_run)
@@ -131,7 +131,9 @@ def _say(result: TrainResult, dry_run: bool) -> None:
     """How it ended; an interrupted run ends the command with status 130."""
     print_problems(result.unseen)
     if dry_run:
-        show.out.print(f"{show.plural(result.steps, 'step')} would be trained; nothing was written.")
+        left_out = f" ({show.plural(len(result.problems), 'row')} left out)" if result.problems else ""
+        rows = f"{show.plural(result.rows, 'row')}{left_out}"
+        show.out.print(f"{show.plural(result.steps, 'step')} on {rows} would be trained; nothing was written.")
     elif result.stopped is not None:
         again = [word for word in sys.argv[1:] if word != "--resume"]
         how, launcher = ("", "")
@@ -268,11 +270,13 @@ def print_problems(problems: tuple[Any, ...], most: int = 10) -> None:
         show.err.print(f"... and {len(problems) - most} more")
 
 
-def _watch(bar: show.Bar, stop: Callable[[], bool], val_split: float) -> Callbacks:
+def _watch(bar: show.Bar, stop: Callable[[], bool], val_split: float, resume: bool) -> Callbacks:
     """Print what happens, and move the bar."""
 
     def started(start: Start) -> None:
         print_start(start)
+        if resume and not start.done:
+            show.err.print("there is no checkpoint to go on from yet, so this begins with step 1")
         if val_split and not start.held_out:
             why = f"val_split {val_split:g} leaves none beside {show.plural(start.rows, 'row')}"
             show.err.print(f"no row is held out, so nothing is evaluated: {why}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +12,6 @@ from mlx_llama3v.ahead import Ahead, AheadConfig
 from mlx_llama3v.checkpoint import load_config, load_model, load_projector, load_run
 from mlx_llama3v.config import ModelConfig
 from mlx_llama3v.data.dataset import DataSet, read_data
-from mlx_llama3v.data.records import Record
 from mlx_llama3v.data.sources import Refused
 from mlx_llama3v.embeddings.rolling import NoPictures
 from mlx_llama3v.embeddings.store import MANIFEST, Reader, Store
@@ -52,8 +50,8 @@ def train_stage(
     `projector`: the run (or its projector.safetensors) whose projector to start from; stage sft needs one where the
     model's is fresh.
     `ahead`: `embeddings` is not there yet; a second process fills it as training reads, from pictures that are looked
-    for as `embed` does (`image_folder`). Records that cannot be read are among the result's problems. `dry_run`: see
-    trainer.train. Raises UserError.
+    for as `embed` does (`image_folder`). Records that cannot be read are among the problems that are told before
+    step 1. `dry_run`: see trainer.train. Raises UserError.
     """
     wire_memory()
     path = resolve(model, offline=offline)
@@ -86,10 +84,7 @@ def train_stage(
             ahead = replace(ahead, pool=ahead.pool or stored_pool(load_config(path), projector))
             images = _files(records, image_folder)
             store = stack.enter_context(Ahead(embeddings, ahead, images, resume=resume)).store
-        result = _train(
-            path, store, records.records, output, config, projector, resume, callbacks, str(data.resolve()), dry_run
-        )
-    return replace(result, problems=(*records.problems, *result.problems))
+        return _train(path, store, records, output, config, projector, resume, callbacks, dry_run)
 
 
 def _files(data: DataSet, image_folder: Path | None) -> dict[str, Path]:
@@ -107,13 +102,12 @@ def _files(data: DataSet, image_folder: Path | None) -> dict[str, Path]:
 def _train(
     path: Path,
     store: Reader,
-    records: Sequence[Record],
+    records: DataSet,
     output: Path,
     config: TrainConfig,
     projector: Path | None,
     resume: bool,
     callbacks: Callbacks | None,
-    data: str,
     dry_run: bool,
 ) -> TrainResult:
     """Load the model, and train it on a store that fits it."""
@@ -130,7 +124,7 @@ def _train(
     tokens = Tokens.load(path, model_config.marker_ids, model_config.eos_token_ids, model_config.prompt_layout)
     notes = {
         "model_path": str(path.resolve()),
-        "data_file": data,
+        "data_file": str(records.path.resolve()),
         "projector": str(projector.resolve()) if projector else "",
     }
     return train(
@@ -138,8 +132,9 @@ def _train(
         llama3v,
         tokens,
         store,
-        records,
+        records.records,
         output,
+        problems=records.problems,
         resume=resume,
         callbacks=callbacks,
         notes=notes,

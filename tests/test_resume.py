@@ -162,6 +162,38 @@ def test_a_run_without_a_checkpoint_begins_anew(store: Store, tmp_path: Path) ->
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
+def test_a_run_that_has_ended_without_a_checkpoint_is_left_alone(store: Store, tmp_path: Path) -> None:
+    """It could only begin anew, under the old weights and metrics."""
+    run(settings(save_every=0), store, tmp_path / "run")
+    before = outcome(tmp_path / "run")
+    for dry_run in (True, False):
+        with pytest.raises(RunError, match="holds a run that has ended, and no checkpoint to go on from"):
+            run(settings(seed=1), store, tmp_path / "run", resume=True, dry_run=dry_run)
+    assert outcome(tmp_path / "run") == before
+
+
+def test_settings_are_compared_before_anything_is_made(store: Store, tmp_path: Path) -> None:
+    """With --embed-ahead pictures of held-out rows would be encoded, into a store of other settings."""
+    run(settings(val_split=0.25), store, tmp_path / "run")
+    with (
+        mock.patch.object(trainer.Evaluator, "hold", side_effect=AssertionError),
+        pytest.raises(RunError, match="seed was 0 and is 1 now"),
+    ):
+        run(settings(val_split=0.25, seed=1), store, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("line", ["5", "null", "{}", '{"step": null}', '{"step": 9'])
+def test_a_line_of_metrics_that_is_none_ends_them(line: str, store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    run(settings(), store, path)
+    before = outcome(path)
+    shutil.rmtree(resume.checkpoints(path)[-1])
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    run(settings(), store, path, resume=True)
+    assert outcome(path) == before
+
+
 def test_old_checkpoints_go(store: Store, tmp_path: Path) -> None:
     run(settings(iters=10, keep=2), store, tmp_path / "run")
     kept = [path.name for path in resume.checkpoints(tmp_path / "run")]
@@ -195,6 +227,10 @@ def test_an_incomplete_checkpoint_is_refused_by_name(store: Store, tmp_path: Pat
     newest = resume.checkpoints(path)[-1]
     (newest / "optimizer.safetensors").unlink()
     with pytest.raises(RunError, match=r"step-0000006 is incomplete: it has no optimizer\.safetensors"):
+        run(settings(), store, path, resume=True)
+    weights = (newest / "weights.safetensors").read_bytes()
+    (newest / "optimizer.safetensors").write_bytes(weights[:-9])
+    with pytest.raises(RunError, match=r"optimizer\.safetensors is not a whole .*; delete .*6 to go on from an older"):
         run(settings(), store, path, resume=True)
     shutil.rmtree(newest)
     state = resume.checkpoints(path)[-1] / "state.json"

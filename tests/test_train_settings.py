@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tomllib
 from dataclasses import fields, replace
@@ -165,13 +166,13 @@ def test_reports_reach_both_libraries(store: Store, tmp_path: Path, monkeypatch:
     """Every number of every report and evaluation, at its step; closed at the end."""
     writers, begun = (Seen(), Seen()), list[Any]()
     board, wandb = ModuleType("tensorboardX"), ModuleType("wandb")
-    board.SummaryWriter = lambda path: begun.append(path) or writers[0]  # type: ignore[attr-defined]
+    board.SummaryWriter = lambda path, purge_step: begun.append((path, purge_step)) or writers[0]  # type: ignore[attr-defined]
     wandb.init = lambda **how: begun.append(how) or writers[1]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tensorboardX", board)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    config = settings(report_to=("tensorboard", "wandb"), iters=4, save_every=0, val_split=0.3)
+    config = settings(report_to=("tensorboard", "wandb"), iters=4, val_split=0.3)
     result = run(config, store, tmp_path / "run")
-    assert begun[0] == str(tmp_path / "run" / "tensorboard") and begun[1]["config"] == config.resolved().to_dict()
+    assert begun[0] == (str(tmp_path / "run" / "tensorboard"), 1) and begun[1]["config"] == config.resolved().to_dict()
     for writer in writers:
         assert writer.closed
         found: dict[tuple[int, str], float] = {(step, key): v for step, part in writer for key, v in part.items()}
@@ -180,8 +181,9 @@ def test_reports_reach_both_libraries(store: Store, tmp_path: Path, monkeypatch:
         assert found[4, "loss"] == result.last.loss and found[4, "eval_loss"] == result.evaluation.eval_loss
         assert found[4, "eval_shuffled"] == result.evaluation.eval_shuffled
     assert begun[1]["id"] is None
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-0000004")
     run(config, store, tmp_path / "run", resume=True)  # the same run on the page, too
-    assert begun[3]["id"] == Seen.id
+    assert begun[2][1] == 3 and begun[3]["id"] == Seen.id
 
 
 @pytest.mark.parametrize(("name", "library"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])

@@ -15,7 +15,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_llama3v.checkpoint import load_run
-from mlx_llama3v.data.records import Record
+from mlx_llama3v.data.records import Problem, Record
 from mlx_llama3v.data.rows import RowLayout, build_rows
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.errors import DataError, RunError
@@ -24,6 +24,7 @@ from mlx_llama3v.tensors import parameters
 from mlx_llama3v.text.prompt import Message
 from mlx_llama3v.train import memory
 from mlx_llama3v.train.config import TrainConfig
+from mlx_llama3v.train.evaluate import hold_out
 from mlx_llama3v.train.feed import Feed
 from mlx_llama3v.train.report import Callbacks, Progress, Start
 from tests.tiny_model import tiny_model, tiny_tokens
@@ -101,6 +102,23 @@ def test_all_data_are_checked_first(store: Store, tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_records_that_cannot_be_read_are_told_with_the_others(store: Store, tmp_path: Path) -> None:
+    seen: list[Start] = []
+    unread = [Problem("rows.jsonl line 4", "it is no JSON")]
+    for name, dry in (("dry", True), ("run", False)):
+        callbacks = Callbacks(started=seen.append)
+        result = run(settings(iters=1), store, tmp_path / name, problems=unread, callbacks=callbacks, dry_run=dry)
+        assert result.problems == seen[-1].problems and result.problems[0] == unread[0]
+    described = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert described["data"]["left_out"] == len(result.problems)
+
+
+def test_a_split_that_leaves_nothing_is_named(store: Store, tmp_path: Path) -> None:
+    held_out = hold_out(captions(), 0.5)[1]
+    with pytest.raises(DataError, match=f"val_split 0.5 holds out all {len(held_out)} records; give a smaller one"):
+        run(settings(val_split=0.5), store, tmp_path / "run", records=held_out)
+
+
 def test_config_json_holds_every_setting(store: Store, tmp_path: Path) -> None:
     config = settings(iters=0, epochs=2, batch_size=5, grad_accumulation_steps=2)
     run(config, store, tmp_path / "run", notes={"from": "captions.json"})
@@ -153,6 +171,7 @@ def test_a_run_is_not_overwritten(store: Store, tmp_path: Path) -> None:
     run(settings(iters=2, save_every=0), store, tmp_path / "run")
     with pytest.raises(RunError, match="holds a run already"):
         run(settings(iters=2), store, tmp_path / "run")
+    (tmp_path / "run" / "projector.safetensors").unlink()
     (tmp_path / "run" / "metrics.jsonl").write_text("")  # ended before its first report
     run(settings(iters=2), store, tmp_path / "run")
 

@@ -183,7 +183,7 @@ class Metrics:
 
     @classmethod
     def open(cls, path: Path, done: int, *, write: bool = True) -> Metrics:
-        """Keep what was written up to step `done`; a line cut short by a kill is dropped."""
+        """Keep what was written up to step `done`, as far as lines are whole: a kill cuts the last one short."""
         lines = [line for line in _read(path) if line["step"] <= done] if done else []
         if write:
             write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
@@ -204,9 +204,11 @@ def _read(path: Path) -> Iterable[dict[str, Any]]:
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                yield json.loads(line)
-            except ValueError:
+                found = json.loads(line)
+                int(found["step"])
+            except (ValueError, TypeError, KeyError):  # whatever follows is of nothing that can be told
                 return
+            yield found
 
 
 def plot(metrics: Metrics, path: Path, title: str) -> None:

@@ -27,7 +27,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_llama3v.data.records import Record, records_digest
 from mlx_llama3v.durable import sync
 from mlx_llama3v.embeddings.store import MANIFEST, Reader
-from mlx_llama3v.errors import RunError
+from mlx_llama3v.errors import CheckpointError, RunError
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.tensors import (
     digest,
@@ -40,8 +40,10 @@ from mlx_llama3v.tensors import (
 )
 from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.train.config import STAGES, TrainConfig
+from mlx_llama3v.train.report import METRICS
 
 CHECKPOINTS = "checkpoints"
+PROJECTOR = "projector.safetensors"  # in a run that has ended
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 # What may differ between a run and its resumption: the result does not depend on it.
 _FREE = ("save_every", "keep", "steps_per_report", "steps_per_eval", "val_rows", "on_nan", "report_to")
@@ -116,6 +118,22 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return found
 
 
+def newest(run_dir: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from; None where a run begins.
+
+    Raises RunError where a run would be overwritten: one that is not to go on, or that ended and left no checkpoint.
+    """
+    found, metrics = checkpoints(run_dir), run_dir / METRICS
+    # Empty where a run ended before its first report: there is nothing to lose.
+    if not resume and (found or (metrics.exists() and metrics.stat().st_size)):
+        raise RunError(f"{run_dir} holds a run already; go on with it (--resume), or choose another directory.")
+    if not found and (run_dir / PROJECTOR).exists():
+        raise RunError(
+            f"{run_dir} holds a run that has ended, and no checkpoint to go on from; choose another directory."
+        )
+    return found[-1] if found else None
+
+
 def read_state(checkpoint: Path) -> State:
     """`state.json` of a checkpoint. Raises RunError naming it when it is damaged."""
     path = checkpoint / STATE
@@ -159,7 +177,10 @@ def _difference(key: str, had: Any, has: Any) -> str:
 
 def restore(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Set weights, optimizer and random state from a checkpoint. Raises RunError where they do not fit."""
-    weights, state = load_file(checkpoint / WEIGHTS), load_file(checkpoint / OPTIMIZER)
+    try:
+        weights, state = load_file(checkpoint / WEIGHTS), load_file(checkpoint / OPTIMIZER)
+    except CheckpointError as error:
+        raise RunError(f"{str(error).rstrip('.')}; delete {checkpoint} to go on from an older one.") from error
     phrases = mismatches(dict(tree_flatten(model.trainable_parameters())), weights)
     phrases += mismatches(_state(optimizer), state)
     if phrases:

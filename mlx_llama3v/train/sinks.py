@@ -33,10 +33,11 @@ def require(names: Iterable[str]) -> None:
 class Sinks:
     """All that a run reports to."""
 
-    def __init__(self, names: Iterable[str], run_dir: Path, config: dict[str, Any]) -> None:
-        """`names` as in TrainConfig.report_to, which `require` has passed."""
-        kinds: dict[str, Callable[[Path, dict[str, Any]], _Sink]] = {"tensorboard": _TensorBoard, "wandb": _Wandb}
-        self._sinks: list[_Sink] = [kinds[name](run_dir, config) for name in names]
+    def __init__(self, names: Iterable[str], run_dir: Path, config: dict[str, Any], done: int = 0) -> None:
+        """`names` as in TrainConfig.report_to, which `require` has passed; what is reported follows step `done`."""
+        kinds: dict[str, Callable[[Path, dict[str, Any], int], _Sink]]
+        kinds = {"tensorboard": _TensorBoard, "wandb": _Wandb}
+        self._sinks: list[_Sink] = [kinds[name](run_dir, config, done) for name in names]
 
     def add(self, event: Progress | Evaluation) -> None:
         """Pass the numbers of an event on, at its step."""
@@ -52,12 +53,12 @@ class Sinks:
 
 
 class _TensorBoard:
-    """Event files in RUN/tensorboard; a resumed run adds one."""
+    """Event files in RUN/tensorboard; a resumed run adds one, which takes back what a killed one did after `done`."""
 
-    def __init__(self, run_dir: Path, config: dict[str, Any]) -> None:
+    def __init__(self, run_dir: Path, config: dict[str, Any], done: int) -> None:
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1)
 
     def add(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -70,7 +71,7 @@ class _TensorBoard:
 class _Wandb:
     """One W&B run, which a resumed one goes on with; WANDB_MODE, WANDB_PROJECT and so on count as usual."""
 
-    def __init__(self, run_dir: Path, config: dict[str, Any]) -> None:
+    def __init__(self, run_dir: Path, config: dict[str, Any], done: int) -> None:
         import wandb
 
         file = run_dir / _WANDB_ID

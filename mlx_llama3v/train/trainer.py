@@ -74,6 +74,7 @@ def train(
     records: Sequence[Record],
     run_dir: Path | str,
     *,
+    problems: Sequence[Problem] = (),
     resume: bool = False,
     callbacks: Callbacks | None = None,
     notes: Mapping[str, Any] | None = None,
@@ -85,6 +86,7 @@ def train(
         model: fresh from its directory; for stage sft with the projector of a pretrain run applied.
         run_dir: gets config.json, metrics.jsonl, loss.png, projector.safetensors, in stage sft the adapters,
             and checkpoints on the way. Refused where it holds a run, unless `resume`.
+        problems: of records that could not be read, which are told with those of the others.
         resume: go on from the newest checkpoint, or from the start where there is none.
         notes: JSON-ready facts for config.json that only the caller knows (paths).
         dry_run: check everything, tell `callbacks.started`, and write nothing.
@@ -99,7 +101,7 @@ def train(
     """
     checkpointing.check_place(Path(run_dir))
     require(config.report_to)
-    run = _Run(config.resolved(), model, tokens, store, records, Path(run_dir), callbacks or Callbacks())
+    run = _Run(config.resolved(), model, tokens, store, records, problems, Path(run_dir), callbacks or Callbacks())
     if dry_run:
         return run.dry(resume)
     lock = Lock(Path(run_dir)) if run.first else None  # two trainings into one directory would mix their checkpoints
@@ -120,6 +122,7 @@ class _Run:
         tokens: Tokens,
         store: Reader,
         records: Sequence[Record],
+        problems: Sequence[Problem],
         path: Path,
         callbacks: Callbacks,
     ) -> None:
@@ -127,12 +130,14 @@ class _Run:
         self.group = mx.distributed.init()
         self.first = self.group.rank() == 0
         used, held_out = hold_out(records, config.val_split)
+        if not used:
+            raise DataError(f"val_split {config.val_split:g} holds out all {len(records)} records; give a smaller one.")
         most = min(config.max_seq_length, int(model.config.text_config["max_position_embeddings"]))
         layout = RowLayout(store, tokens, model.config.projector_config, config.stage, most, config.long_rows)
-        self.rows, self.left_out = build_rows(used, layout)
+        self.rows, left_out = build_rows(used, layout)
         if not len(self.rows):
-            why = f"the first: {self.left_out[0]}" if self.left_out else "there is none"
-            raise DataError(f"none of {len(used)} records can be trained on; {why}.")
+            raise DataError(f"none of {len(used)} records can be trained on; the first: {left_out[0]}.")
+        self.left_out = (*problems, *left_out)
         self.longest = longest_row(self.rows)
         self.config = config = fitted(config, model, self.rows, self.longest, self.group.size())
         self.memory = plan.training_memory(job_of(model, config, self.longest, self.group.size())).total
@@ -154,21 +159,21 @@ class _Run:
 
     def dry(self, resume: bool) -> TrainResult:
         """Everything up to the first step, but nothing is written."""
-        checkpoint = self._checkpoint(resume)
+        state = self._state(checkpoint) if (checkpoint := checkpointing.newest(self.path, resume)) else None
         self.trainable = prepare(self.model, self.config)
-        self._tell(self._state(checkpoint).step if checkpoint else 0)
+        self._tell(state.step if state else 0)
         return self._result(None)
 
     def go(self, resume: bool, notes: Mapping[str, Any]) -> TrainResult:
         """Prepare, restore, train, write."""
-        checkpoint = self._checkpoint(resume)
+        state = self._state(checkpoint) if (checkpoint := checkpointing.newest(self.path, resume)) else None
         self.evaluator.hold()
         mx.random.seed(self.config.seed)
         self.trainable = prepare(self.model, self.config)
         self.optimizer = adamw(self.config.weight_decay, two_rates=self.config.tune_projector)
         self.optimizer.init(self.model.trainable_parameters())
         mx.eval(self.model.parameters(), self.optimizer.state)
-        done = self._restore(checkpoint) if checkpoint else 0
+        done = self._restore(checkpoint, state) if checkpoint and state else 0
         require_agreement(self.group, self.path, done, self.settings)
         if self.first:  # nothing was written before every rank had looked
             self.path.mkdir(parents=True, exist_ok=True)
@@ -176,12 +181,8 @@ class _Run:
         self.metrics = Metrics.open(self.path / METRICS, done, write=self.first)
         self._tell(done)
         self.model.train()
-        with (
-            closing(self.feed.batches(done)) as batches,
-            lanes(self.config.lanes) as side,
-            closing(Sinks(self.config.report_to if self.first else (), self.path, self.config.to_dict())) as sinks,
-        ):
-            self.sinks = sinks
+        self.sinks = Sinks(self.config.report_to if self.first else (), self.path, self.config.to_dict(), done)
+        with closing(self.feed.batches(done)) as batches, lanes(self.config.lanes) as side, closing(self.sinks):
             stopped = self._loop(done, batches, side)
         self.model.eval()
         if stopped is None and self.first:
@@ -209,23 +210,14 @@ class _Run:
             skipped=sum("skipped_rows" in line for line in self.metrics.lines),
         )
 
-    def _checkpoint(self, resume: bool) -> Path | None:
-        """The checkpoint to go on from. Raises RunError where a run would be overwritten."""
-        found = checkpointing.checkpoints(self.path)
-        metrics = self.path / METRICS  # empty where a run ended before its first report: there is nothing to lose
-        if not resume and (found or (metrics.exists() and metrics.stat().st_size)):
-            raise RunError(f"{self.path} holds a run already; go on with it (--resume), or choose another directory.")
-        return found[-1] if found else None
-
     def _state(self, checkpoint: Path) -> checkpointing.State:
         """Where a checkpoint stands. Raises RunError where it is of another run than this would be."""
         state = checkpointing.read_state(checkpoint)
         checkpointing.require_same(checkpoint, state.settings, self.settings)
         return state
 
-    def _restore(self, checkpoint: Path) -> int:
+    def _restore(self, checkpoint: Path, state: checkpointing.State) -> int:
         """Go back to where a checkpoint stands; the number of steps done."""
-        state = self._state(checkpoint)
         checkpointing.restore(checkpoint, self.model, self.optimizer)
         self.window = Window(**state.window)
         self.feed.unseen = {row: Problem(f"record {row}", why) for row, why in state.unseen.items()}
@@ -394,7 +386,7 @@ class _Run:
 
     def _write_weights(self) -> None:
         """What `checkpoint.load_run` applies: the projector, trained or not, and what the decoder learned."""
-        save_safetensors_atomic(self.path / "projector.safetensors", parameters(self.model.projector))
+        save_safetensors_atomic(self.path / checkpointing.PROJECTOR, parameters(self.model.projector))
         if config := self.trainable.adapter_config:
             save_safetensors_atomic(self.path / "adapters.safetensors", adapter_weights(self.model))
             write_text(self.path / "adapter_config.json", json.dumps(config, indent=2) + "\n")
