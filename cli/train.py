@@ -21,6 +21,7 @@ from mlx_llama3v.cli.interrupt import interruptible
 from mlx_llama3v.cli.options import Offline, TrainConfigFile, byte_count, given, settings_options, split_settings
 from mlx_llama3v.embeddings.codec import CODECS
 from mlx_llama3v.embeddings.codec import DEFAULT as DEFAULT_CODEC
+from mlx_llama3v.embeddings.store import MANIFEST, Manifest
 from mlx_llama3v.errors import RunError
 from mlx_llama3v.knob import knob
 from mlx_llama3v.stages import train_stage
@@ -30,6 +31,7 @@ from mlx_llama3v.train.trainer import TrainResult
 
 # What stage sft takes over from the run that trained its projector, beside the model and the store.
 INHERITED = ("max_seq_length", "long_rows", "pack", "seed", "val_split", "val_rows", "grad_checkpoint")
+AHEAD = ("codec", "pool", "max_slices")  # and with --embed-ahead, which makes no store to take over
 COLOURS = {"prompt": "dim", "target": "bold green", "marker": "magenta", "visual": "cyan"}
 Data = Annotated[
     Path,
@@ -106,8 +108,9 @@ def train(
     Example: `llama3v-mlx train --model my-model --data captions.json --embeddings my-store --output runs/pretrain`
     """
     before = _before(projector)
-    embedding, wanted = _settled(ctx, settings, before.get("train", {}) if settings["stage"] == "sft" else {})
+    embedding, wanted = _settled(ctx, settings, _inherited(before, settings))
     model, embeddings = _sources(model, embeddings, before, embedding.embed_ahead)
+    _compare_slices(before, embeddings)
     ahead = embedding.ahead(model, offline)
     with show.bar(wanted.stage, "steps") as bar, interruptible(_stopping) as stop:
         result = train_stage(
@@ -156,6 +159,25 @@ def _before(projector: Path | None) -> dict[str, Any]:
     except ValueError as error:
         raise RunError(f"{file} is damaged: {error}.") from error
     return values
+
+
+def _inherited(before: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """What stage sft may take over from the run before, by option."""
+    if settings["stage"] != "sft":
+        return {}
+    held = before.get("store", {}) if settings["embed_ahead"] else {}
+    made = {**held, "pool": held.get("post", {}).get("pool"), **(held.get("tiling") or {})}
+    return before.get("train", {}) | {key: made[key] for key in AHEAD if made.get(key) is not None}
+
+
+def _compare_slices(before: dict[str, Any], embeddings: Path | None) -> None:
+    """Say where a projector meets pictures in more or fewer slices than it learned from."""
+    learned = (before.get("store", {}).get("tiling") or {}).get("max_slices")
+    if learned is None or embeddings is None or not (embeddings / MANIFEST).is_file():
+        return
+    held = Manifest.read(embeddings).fingerprint.get("tiling", {}).get("max_slices", learned)
+    if held != learned:
+        show.err.print(f"{embeddings} holds up to {held} slices beside the overview; the pretrain run had {learned}")
 
 
 def _sources(model: str, embeddings: Path | None, before: dict[str, Any], embed_ahead: bool) -> tuple[str, Path | None]:
@@ -220,7 +242,7 @@ def _check_used(values: dict[str, Any], before: dict[str, Any], asked: set[str])
 
 def _inherit(values: dict[str, Any], before: dict[str, Any], asked: set[str]) -> None:
     """Take over what the run before had, unless it was given, and say so. Changes `values`."""
-    for name in INHERITED:
+    for name in (*INHERITED, *AHEAD):
         if name not in before or before[name] == values[name]:
             continue
         if name == "grad_checkpoint" and values["lora_dropout"]:  # do not go together

@@ -74,8 +74,8 @@ def train_stage(
         elif ahead is None:
             if not (embeddings / MANIFEST).exists():  # moved since, or filled by --embed-ahead for another run alone
                 raise StoreError(
-                    f"{embeddings} is no embedding store; make it with `llama3v-mlx embed`, or give another one with "
-                    "--embeddings."
+                    f"{embeddings} is no embedding store; make it with `llama3v-mlx embed`, give another one with "
+                    "--embeddings, or encode while training: --embed-ahead."
                 )
             store = Store(embeddings)
         else:

@@ -17,7 +17,7 @@ import typer
 
 from mlx_llama3v.cli import train as command
 from mlx_llama3v.cli.options import PRESETS, config_file
-from mlx_llama3v.embeddings.store import Store
+from mlx_llama3v.embeddings.store import Manifest, Store
 from mlx_llama3v.errors import RunError
 from mlx_llama3v.train.config import TrainConfig
 from tests.tiny_run import make_store, run, settings
@@ -116,6 +116,28 @@ def test_sft_takes_over_what_it_should(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(RunError, match=r"config\.json is damaged"):
         command._before(tmp_path)
+
+
+def test_sft_makes_embeddings_as_the_run_before_had_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Or its projector would meet slices, with markers, that it never saw."""
+    store = {"path": "x", "codec": "float16", "post": {"pool": 2}, "tiling": {"mode": "uhd", "max_slices": 0}}
+    before = {"train": TrainConfig(seed=3).to_dict(), "store": store}
+    for ahead, stage, taken in ((True, "sft", True), (False, "sft", False), (True, "pretrain", False)):
+        values = {**vars(command.Embedding(embed_ahead=ahead)), **TrainConfig(stage=stage).to_dict()}
+        command._inherit(values, command._inherited(before, values), {"pool"})
+        expected = ("float16", None, 0) if taken else (vars(command.Embedding())["codec"], None, None)
+        assert (values["codec"], values["pool"], values["max_slices"]) == expected
+        assert ("pool is None; the pretrain run had 2" in capsys.readouterr().err) == taken
+        assert values["seed"] == (3 if stage == "sft" else 0)
+    made = tmp_path / "store"
+    made.mkdir()
+    for held, said in ((0, False), (6, True)):
+        Manifest({"tiling": {"mode": "uhd", "max_slices": held}}, "float16", {}).write(made)
+        command._compare_slices(before, made)
+        found = capsys.readouterr().err
+        assert ("holds up to 6 slices beside the overview; the pretrain run had 0" in found.replace("\n", " ")) == said
+    command._compare_slices({}, made)
+    command._compare_slices(before, None)
 
 
 def test_the_last_lines_say_what_was_skipped_and_how_to_go_on(
