@@ -174,9 +174,10 @@ def print_report(report: EmbedReport) -> None:
     _print_problems(report.problems, f"; pictures are listed in {report.store}/failures.jsonl")
     show.lost(report.store, report.lost)
     summary, info = report.summary, report.info
+    copies = f"{summary.duplicates:,} are copies of others, " if summary.duplicates else ""
     show.out.print(
         f"{summary.new:,} pictures encoded ({summary.slices:,} slices), {summary.reused:,} were there, "
-        f"{summary.failed:,} could not be read, in {show.duration(summary.seconds)}."
+        f"{copies}{summary.failed:,} could not be read, in {show.duration(summary.seconds)}."
     )
     found = report.to_dict()
     show.out.print(

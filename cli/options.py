@@ -18,6 +18,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
+from mlx_llama3v.checkpoint import load_config
+from mlx_llama3v.cli import show
 from mlx_llama3v.config import TilingConfig
 from mlx_llama3v.errors import RunError
 from mlx_llama3v.hub import resolve
@@ -53,7 +55,9 @@ def config_file(ctx: typer.Context, path: Path | None) -> Path | None:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RunError(f"{path} is missing; expected a TOML file with options of this command.") from None
+        ours = " and ".join(sorted(file.stem for file in PRESETS.glob("*.toml")))
+        or_preset = f", or one of the presets {ours}" if presets else ""
+        raise RunError(f"{path} is missing; expected a TOML file with options of this command{or_preset}.") from None
     except (ValueError, OSError) as error:
         raise RunError(f"{path} is not a TOML file: {error}.") from error
     values = {key.replace("-", "_"): value for key, value in values.items()}
@@ -152,6 +156,12 @@ def split_settings(values: dict[str, Any], *classes: type) -> list[Any]:
     return [cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values}) for cls in classes]
 
 
+def warn_untrained(model: Path) -> None:
+    """Say that a model cannot see yet: its answers look like those of a bad one."""
+    if load_config(model).untrained:
+        show.warn(f"note: the projector of {model} is untrained, so it cannot see; train one, and give it with --run.")
+
+
 def open_session(
     model: str,
     run: Path | None,
@@ -161,7 +171,9 @@ def open_session(
     memory: Memory | None = None,
 ) -> Session:
     """A chat session on a model directory and, if given, a run; used by `chat` and `generate`."""
-    session = load(resolve(model, offline=offline), run, system=system, memory=memory)
+    session = load(path := resolve(model, offline=offline), run, system=system, memory=memory)
+    if run is None:
+        warn_untrained(path)
     if session.encoder is not None:
         session.encoder.tiling = tiling(session.encoder.tiling, max_slices)
     return session

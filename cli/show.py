@@ -43,9 +43,16 @@ class Bar:
     def __init__(self, progress: Progress, unit: str, label: str) -> None:
         self._progress, self._unit = progress, unit
         self._task = progress.add_task(label, total=None, rate="", note="", below="")
+        self._before = 0  # done before this command
         self._used, self._shown = False, progress.console.is_terminal  # there it lives while a model is loaded
         if self._shown:
             progress.start()
+
+    def begin(self, done: int, total: int) -> None:
+        """That much was done before, at another rate."""
+        self._progress.reset(self._task)
+        self._before = done
+        self.update(done, total)
 
     def update(self, done: int, total: int | None = None, note: str = "") -> None:
         if not self._shown:
@@ -53,12 +60,13 @@ class Bar:
         self._used = self._shown = True
         if done < self._progress.tasks[self._task].completed:  # what came before is done, and has another rate
             self._progress.reset(self._task)
+            self._before = 0
         beside = len(note) <= max(_SHORT, self._progress.console.width - _LINE)
         here, below = (note, "") if beside else ("", note)
         self._progress.update(self._task, completed=done, total=total, note=here, below=below)
         elapsed = self._progress.tasks[self._task].elapsed or 0.0
         if elapsed > 0:
-            self._progress.update(self._task, rate=f"{done / elapsed:,.1f} {self._unit}/s")
+            self._progress.update(self._task, rate=f"{(done - self._before) / elapsed:,.1f} {self._unit}/s")
 
     def close(self) -> None:
         """Leave its last state; nothing of a bar that never moved, above the sentence of an error."""

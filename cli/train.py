@@ -269,11 +269,13 @@ def print_start(start: Start) -> None:
     show.err.print(f"a step on the longest rows takes {limit}")
     learned = start.trainable
     show.err.print(
-        f"{start.rows:,} rows (none over {start.longest} tokens), {start.held_out} held out; {start.steps:,} steps "
-        f"of {start.batches_per_step} x {start.batch_size} rows"
+        f"{start.rows:,} rows (none over {start.longest} tokens), {start.held_out} held out; "
+        f"{show.plural(start.steps, 'step')} of {start.batches_per_step} x {start.batch_size} rows"
         f"{f', {start.done:,} of them done' if start.done else ''}"
     )
     made = start.batches_per_step * start.batch_size
+    if made > start.rows:
+        show.err.print(f"a step takes {made} rows, more than there are: with fewer there would be more steps")
     if start.rows_per_step not in (0, made):
         show.err.print(f"{start.rows_per_step} rows a step make no equal batches, so there are {made}")
     show.err.print(f"training {learned.count:,} of {learned.total:,} parameters ({', '.join(learned.parts)})")
@@ -302,7 +304,7 @@ def _watch(bar: show.Bar, stop: Callable[[], bool], val_split: float, resume: bo
         if val_split and not start.held_out:
             why = f"val_split {val_split:g} leaves none beside {show.plural(start.rows, 'row')}"
             show.err.print(f"no row is held out, so nothing is evaluated: {why}")
-        bar.update(start.done, start.steps)
+        bar.begin(start.done, start.steps)
 
     def progress(p: Progress) -> None:
         rates = f"{p.tokens_per_second:,.0f} tokens/s, {p.images_per_second:,.1f} images/s"

@@ -170,6 +170,11 @@ class ModelConfig:
     model_type: str = "llama3v"
 
     @property
+    def untrained(self) -> bool:
+        """Whether the projector is as `convert` drew it: no run, finished model or projector is among the sources."""
+        return "vision" in self.sources and self.sources.keys().isdisjoint(("run", "model", "projector"))
+
+    @property
     def hidden_size(self) -> int:
         """Width of the decoder."""
         return int(self.text_config["hidden_size"])
@@ -184,6 +189,9 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """The strict reading of our own file. Raises CheckpointError for another model_type or unknown keys."""
+        if "train" in values:
+            model = f" ({values['model_path']})" if values.get("model_path") else ""
+            raise CheckpointError(f"{where} is that of a training run; give its model{model}, and the run with --run.")
         if values.get("model_type") != "llama3v":
             raise CheckpointError(
                 f"{where}: model_type is {values.get('model_type')!r}, expected 'llama3v'; "

@@ -26,9 +26,6 @@ from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.train.report import Callbacks
 from mlx_llama3v.train.trainer import TrainResult, train
 
-# Names among a model's sources that tell of a trained projector: a fused run, a finished model, a projector given.
-TRAINED = frozenset({"run", "model", "projector"})
-
 
 def train_stage(
     model: str | Path,
@@ -55,7 +52,7 @@ def train_stage(
     """
     wire_memory()
     path = resolve(model, offline=offline)
-    if config.stage == "sft" and projector is None and not TRAINED & load_config(path).sources.keys():
+    if config.stage == "sft" and projector is None and load_config(path).untrained:
         raise RunError("stage sft keeps the projector frozen; give a trained one with --projector RUN.")
     records = read_data(data)
     if not records.records:

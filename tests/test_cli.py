@@ -34,6 +34,35 @@ def test_a_bar_that_begins_anew_has_a_new_rate() -> None:
         assert (task.completed, task.total) == (0, 900) and (task.elapsed or 0) < 1
 
 
+def test_a_bar_that_goes_on_shows_the_rate_of_now() -> None:
+    with show.bar("pretrain", "steps") as bar:
+        bar.begin(500, 1000)
+        task = bar._progress.tasks[0]
+        assert task.start_time is not None
+        task.start_time -= 10
+        bar.update(510, 1000)
+        assert task.fields["rate"] == "1.0 steps/s"
+
+
+def test_a_model_that_cannot_see_says_so(cli: Cli, world: World, tmp_path: Path) -> None:
+    """What `convert` wrote answers like a bad model; whoever forgot --run would take it for one."""
+    ask = ("generate", "--model", world.model, "--prompt", "What?", "--max-tokens", 1)
+    assert "is untrained, so it cannot see; train one, and give it with --run" in cli(*ask).err
+    assert "is untrained" in cli("export", "--model", world.model, "--format", "hf", "--output", tmp_path / "x").err
+    with_run = cli(*ask, "--run", tmp_path)
+    refused(with_run, "is not a run")
+    assert "untrained" not in with_run.err
+
+
+def test_a_run_in_the_place_of_a_model_is_named(cli: Cli, world: World, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"train": {}, "model_path": "/where/it/is"}))
+    said = "is that of a training run; give its model (/where/it/is), and the run with --run"
+    refused(cli("generate", "--model", tmp_path, "--prompt", "What?"), said)
+    (tmp_path / "none").mkdir()
+    wrong = cli("train", "--config", "pretain", "--model", world.model, "--data", "x", "--output", tmp_path / "none")
+    refused(wrong, "pretain is missing", "or one of the presets pretrain and sft")
+
+
 @pytest.mark.parametrize("width", [80, 160])
 def test_a_bar_shows_all_that_it_says(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In 80 columns, a Mac's terminal, a long note stands below; cut were the bar, the count and the rate."""

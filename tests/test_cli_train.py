@@ -44,6 +44,9 @@ def test_train_both_stages_and_use_them(cli: Cli, world: World, tmp_path: Path) 
     )  # fmt: skip
     assert outcome.status == 0, outcome.err
     assert json.loads(outcome.out)["prompt_tokens"] > 16
+    refused(
+        cli("fuse", "--model", world.model, "--run", tmp_path / "two", "--output", world.model), "is the model itself"
+    )
     merged = cli("fuse", "--model", world.model, "--run", tmp_path / "two", "--output", tmp_path / "fused")
     assert merged.status == 0 and merged.out.strip().endswith(str(tmp_path / "fused")), merged
     again = cli(

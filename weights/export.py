@@ -116,7 +116,10 @@ def check_llava(config: ModelConfig, where: Path) -> None:
     """Raise CheckpointError, in one sentence, for a model that LlavaForConditionalGeneration cannot hold."""
     kind = config.projector_config.kind
     if kind not in ("linear", "mlp"):
-        raise CheckpointError(f"{where} has a projector of kind {kind}, which the format has not; linear and mlp do.")
+        raise CheckpointError(
+            f"{where} has a projector of kind {kind}, which the format has not; linear and mlp do: `convert "
+            "--projector mlp`, and train that."
+        )
     check_square(config, where, ("squash",))
 
 

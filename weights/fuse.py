@@ -14,6 +14,7 @@ from mlx.utils import tree_unflatten
 from mlx_llama3v.checkpoint import load_config, load_run, read_model, save_model, trained_on
 from mlx_llama3v.config import ModelConfig
 from mlx_llama3v.directory import check_output
+from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.hub import resolve
 from mlx_llama3v.model import dequantized
 from mlx_llama3v.tensors import SHARD_BYTES, parameters, read_tensors
@@ -47,6 +48,8 @@ def fuse(
     merged = [(name, merge(module)) for name, module in decoder.named_modules() if hasattr(module, "fuse")]
     decoder.update_modules(tree_unflatten(merged))
     config = with_run(model.config, run_dir)
+    if target == source and config.sources != model.config.sources:
+        raise CheckpointError(f"{target} is the model itself; choose another directory for the fused one.")
     held = read_tensors(source)
     towers = {name: held[name] for name in held if name.startswith(("vision_tower.", "text_tower.", "logit_"))}
     if dequantize and (setting := load_config(source).quantization):

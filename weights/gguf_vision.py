@@ -23,7 +23,10 @@ def check_mmproj(config: ModelConfig, where: Path) -> None:
     """Raise CheckpointError, in one sentence, for a model whose pictures llama.cpp cannot take."""
     kind = config.projector_config.kind
     if kind != "mlp":
-        raise CheckpointError(f"{where} has a projector of kind {kind}, which has no counterpart in GGUF; mlp has.")
+        raise CheckpointError(
+            f"{where} has a projector of kind {kind}, which has no counterpart in GGUF; mlp has: `convert --projector "
+            "mlp`, and train that."
+        )
     if config.projector_config.skip:
         raise CheckpointError(
             f"{where} leaves the first patch out (select strategy default), which llama.cpp cannot; "

@@ -147,7 +147,8 @@ def _late_exif(file: IO[bytes]) -> bytes:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "its content is not of a known image format"  # Pillow's text shows an address in memory
+        # Pillow's own text shows an address in memory.
+        return "its content is not of a known image format (of HEIC, make a JPEG)"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
