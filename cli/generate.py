@@ -24,6 +24,7 @@ from mlx_llama3v.cli.options import (
 )
 from mlx_llama3v.cli.terminal import CONTROLS
 from mlx_llama3v.errors import DataError
+from mlx_llama3v.hub import resolve
 from mlx_llama3v.inference import Answer, Memory, Picture, Sampling, Session
 from mlx_llama3v.inference.jobs import Job, Result, answer_jobs, read_jobs, unanswered, write_results
 
@@ -81,9 +82,10 @@ def generate(
         if memory.kv_bits:
             raise DataError("--kv-bits goes with --prompt; batches keep their keys and values whole.")
         jobs = _read(prompts, output, image_folder)
-        left = unanswered(jobs, Path(output)) if output != "-" else jobs
+        by = {"model": str(resolve(model, offline=offline).resolve()), "run": str(run.resolve()) if run else ""}
+        left = unanswered(jobs, Path(output), by) if output != "-" else jobs
         session = open_session(model, run, system_prompt, max_slices, offline, memory)
-        _many(session, left, len(jobs) - len(left), output, sampling, batch_size, verbose)
+        _many(session, left, len(jobs) - len(left), output, sampling, batch_size, verbose, by)
         return
     text = sys.stdin.read() if prompt == "-" else prompt
     images: list[Picture] = [sys.stdin.buffer.read() if name == "-" else name for name in image or []]
@@ -126,7 +128,14 @@ def _read(prompts: str, output: str, image_folder: Path | None) -> list[Job]:
 
 
 def _many(
-    session: Session, jobs: list[Job], there: int, output: str, sampling: Sampling, batch_size: int, verbose: bool
+    session: Session,
+    jobs: list[Job],
+    there: int,
+    output: str,
+    sampling: Sampling,
+    batch_size: int,
+    verbose: bool,
+    by: dict[str, str],
 ) -> None:
     done = 0
     with ExitStack() as stack:
@@ -145,7 +154,7 @@ def _many(
             if verbose and result.answer:
                 show.err.print(f"{result.job.id}\n{show.answer_stats(result.answer)}")
 
-        found, failed = write_results(answer_jobs(session, jobs, sampling, batch_size), out, tell)
+        found, failed = write_results(answer_jobs(session, jobs, sampling, batch_size), out, tell, by)
     say = show.err if output == "-" else show.out
     where = "stdout" if output == "-" else output
     already = f", {there} were there" if there else ""

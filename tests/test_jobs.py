@@ -55,6 +55,22 @@ RESULT = Result(Job("a", "What?", (Path("a.png"),)), None, "broken")
 LINE = RESULT.line()
 
 
+def test_answers_of_another_model_are_not_taken_for_this_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, me = tmp_path / "out.jsonl", {"model": "/a", "run": ""}
+    monkeypatch.setattr(Result, "line", lambda self: {**LINE, "text": "a cat"})
+    with path.open("w") as file:
+        write_results([RESULT], file, lambda _: None, me)
+    before = path.read_bytes()
+    assert unanswered([RESULT.job], path, me) == unanswered([RESULT.job], path) == []
+    for other, words in (({**me, "model": "/b"}, "model '/a'"), ({**me, "run": "/r"}, "run ''")):
+        with pytest.raises(DataError, match=f"out.jsonl holds answers of {words}; choose another --output"):
+            unanswered([RESULT.job], path, other)
+    assert path.read_bytes() == before
+    with path.open("w") as file:
+        write_results([RESULT], file, lambda _: None)
+    assert unanswered([RESULT.job], path, me) == [], "an older file says of nobody"
+
+
 @pytest.mark.parametrize(
     "line",
     [

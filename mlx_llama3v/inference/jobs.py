@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -80,12 +80,13 @@ def _repeats(jobs: Sequence[Job]) -> bool:
     return len({job.id for job in jobs}) < len(jobs)
 
 
-def unanswered(jobs: Sequence[Job], path: Path) -> list[Job]:
+def unanswered(jobs: Sequence[Job], path: Path, by: Mapping[str, str] | None = None) -> list[Job]:
     """The jobs that no earlier run answered into `path`; lines cut short and errors are taken out of it.
 
-    Raises DataError where the file holds something else, or the answer to another question of the same id.
+    `by`: see `write_results`. Raises DataError where the file holds something else, answers by another model, or the
+    answer to another question of the same id.
     """
-    there = _answers(path)
+    there = _answers(path, by or {})
     for job in jobs:
         if job.id in there and there[job.id] != _asked(job):
             raise DataError(
@@ -99,7 +100,7 @@ def _asked(job: Job) -> tuple[Any, ...]:
     return job.prompt, [str(path.absolute()) for path in job.images]
 
 
-def _answers(path: Path) -> dict[str, tuple[Any, ...]]:
+def _answers(path: Path, by: Mapping[str, str]) -> dict[str, tuple[Any, ...]]:
     """What the answers in `path` were asked, by id; the file then holds nothing but those."""
     if not path.is_file():
         return {}
@@ -117,6 +118,8 @@ def _answers(path: Path) -> dict[str, tuple[Any, ...]]:
         if not isinstance(values, dict) or not _is_result(values):
             raise DataError(f"{path}, line {number} is no answer of ours; it is not overwritten.")
         if "text" in values:
+            if other := [f"{key} {values[key]!r}" for key, value in by.items() if values.get(key, value) != value]:
+                raise DataError(f"{path} holds answers of {', '.join(other)}; choose another --output.")
             good[values["id"]] = line
             asked[values["id"]] = values["prompt"], [str(Path(image).absolute()) for image in values["images"]]
     kept = b"".join(line + b"\n" for line in good.values())
@@ -167,11 +170,16 @@ def _request(session: Session, job: Job) -> Request:
     return request
 
 
-def write_results(results: Iterable[Result], out: TextIO, tell: Callable[[Result], None]) -> tuple[int, int]:
-    """One line a result, at once on disk; returns how many were answered and how many failed."""
+def write_results(
+    results: Iterable[Result], out: TextIO, tell: Callable[[Result], None], by: Mapping[str, str] | None = None
+) -> tuple[int, int]:
+    """One line a result, at once on disk; returns how many were answered and how many failed.
+
+    `by`: who answers (model, run), written into each line.
+    """
     counts = [0, 0]
     for result in results:
-        out.write(json.dumps(result.line()) + "\n")  # in ASCII: a prompt may hold half a character
+        out.write(json.dumps({**result.line(), **(by or {})}) + "\n")  # in ASCII: a prompt may hold half a character
         out.flush()
         counts[result.answer is None] += 1
         tell(result)
