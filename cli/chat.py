@@ -62,7 +62,7 @@ def chat(
 ) -> None:
     """Talk about pictures; answers stream, earlier turns stay in memory.
 
-    Example: `llama3v-mlx chat --model my-model --image photo.jpg`, then type questions; `/help` lists the commands.
+    Example: `llama3v-mlx chat --model my-model --run runs/sft --image photo.jpg`, then type questions; `/help` tells more.
     """
     sampling, memory = split_settings(settings, Sampling, Memory)
     session = open_session(model, run, system_prompt, max_slices, offline, memory)

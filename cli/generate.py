@@ -61,10 +61,10 @@ def generate(
 ) -> None:
     """Answer one question about any number of pictures, or a file of questions.
 
-    Example: `llama3v-mlx generate --model my-model --image sign.jpg --prompt "What does the sign say?"`
+    Example: `llama3v-mlx generate --model my-model --run runs/sft --image sign.jpg --prompt "What does the sign say?"`
 
-    Example: `llama3v-mlx generate --model my-model --prompts questions.jsonl --output answers.jsonl` (run it again
-    to go on where it was interrupted)
+    Example: `llama3v-mlx generate --model my-model --run runs/sft --prompts questions.jsonl --output answers.jsonl`
+    (run it again to go on where it was interrupted)
     """
     if (prompt is None) == (prompts is None):
         raise DataError("give either --prompt TEXT or --prompts FILE.jsonl.")

@@ -40,7 +40,7 @@ def serve(
 ) -> None:
     """Serve a model to OpenAI clients (http://127.0.0.1:8080/v1) and on a page (http://127.0.0.1:8080/).
 
-    Example: `llama3v-mlx serve --model my-model`, then open the printed address in a browser.
+    Example: `llama3v-mlx serve --model my-model --run runs/sft`, then open the printed address in a browser.
 
     Nothing is open that was not asked for: this machine only, pictures only from the request itself.
     """
