@@ -62,7 +62,7 @@ def chat(
 ) -> None:
     """Talk about pictures; answers stream, earlier turns stay in memory.
 
-    Example: `llama3v-mlx chat --model my-model --run runs/sft --image photo.jpg`, then type questions; `/help` tells more.
+    Example: `llama3v-mlx chat --model my-model --run runs/sft --image photo.jpg`, then type questions.
     """
     sampling, memory = split_settings(settings, Sampling, Memory)
     session = open_session(model, run, system_prompt, max_slices, offline, memory)
