@@ -189,10 +189,9 @@ def _check_store(store: Reader, path: Path, config: ModelConfig, model: Path) ->
         "vision": asdict(config.vision_config),
         "image": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config.image).items()},
     }
-    for key, value in expected.items():
-        found = store.manifest.fingerprint.get(key)
-        if found != value:
-            raise StoreError(f"{path} was made with {key} {found}, but {model} has {value}; embed with that model.")
+    made = replace(store.manifest, fingerprint={key: store.manifest.fingerprint.get(key) for key in expected})
+    if what := made.differences({"fingerprint": expected}):
+        raise StoreError(f"{path} was made for another model than {model}: {what}; embed with this one.")
     mode = store.manifest.fingerprint.get("tiling", {}).get("mode", config.tiling.mode)
     if mode != config.tiling.mode:
         raise StoreError(

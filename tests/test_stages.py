@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mlx_llama3v import inference
+from mlx_llama3v import inference, stages
 from mlx_llama3v.checkpoint import load_config, load_model, load_run, trained_on
 from mlx_llama3v.config import TilingConfig
 from mlx_llama3v.demo.dataset import DataSet, draw
@@ -187,3 +188,19 @@ def test_no_row_is_longer_than_the_decoder_takes(model: Path, pretrained: Path, 
     config = TrainConfig(stage="sft", iters=1, batch_size=1, val_split=0.0, max_seq_length=100_000)
     with pytest.raises(DataError, match=r"more than the longest allowed \(1024\)"):
         train_stage(model, text, None, tmp_path / "run", config, projector=pretrained / "pretrain")
+
+
+def test_a_store_of_another_model_is_refused_with_what_differs(model: Path, pretrained: Path) -> None:
+    store, config = Store(pretrained / "store"), load_config(model)
+    stages._check_store(store, store.path, config, model)
+    for other, words in (
+        (replace(config, vision_feature_layer=-2), "layer is -1 there and -2 here; embed"),
+        (
+            replace(config, vision_config=replace(config.vision_config, layer_norm_eps=0.5)),
+            "vision.layer_norm_eps is .* and 0.5 here",
+        ),
+        (replace(config, image=replace(config.image, rescale_factor=1.0)), "image.rescale_factor is .* and 1.0 here"),
+        (replace(config, tiling=replace(config.tiling, mode="squash")), r"takes them as squash"),
+    ):
+        with pytest.raises(StoreError, match=words):
+            stages._check_store(store, store.path, other, model)
