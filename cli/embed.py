@@ -180,9 +180,10 @@ def print_report(report: EmbedReport) -> None:
         f"{copies}{summary.failed:,} could not be read, in {show.duration(summary.seconds)}."
     )
     found = report.to_dict()
-    show.out.print(
-        f"{found['slices_per_second']:,.1f} slices/s, {found['images_per_second']:,.1f} images/s, "
-        f"{found['waiting_share']:.0%} of the time waiting for pictures, {found['padding_share']:.0%} padding, "
-        f"peak memory {show.size(found['peak_memory'])}."
-    )
+    if summary.slices:
+        show.out.print(
+            f"{found['slices_per_second']:,.1f} slices/s, {found['images_per_second']:,.1f} images/s, "
+            f"{found['waiting_share']:.0%} of the time waiting for pictures, {found['padding_share']:.0%} padding, "
+            f"peak memory {show.size(found['peak_memory'])}."
+        )
     show.out.print(f"Store: {report.store} ({info['images']:,} images, {show.size(info['bytes'])}, {info['codec']})")

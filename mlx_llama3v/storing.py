@@ -178,6 +178,8 @@ def _pictures(
     """What is to be embedded. Raises DataError where there is nothing, StoreError where it must not go there."""
     if (output / "config.json").exists():
         raise StoreError(f"{output} holds a model or a run; choose another directory for the store.")
+    if output.exists() and not output.is_dir():
+        raise StoreError(f"{output} is a file; expected a directory for the store.")
     read = read_data(data, allow_outside=allow_outside)
     images = read.pictures(image_folder, allow_outside=allow_outside)
     if not images:

@@ -40,6 +40,14 @@ def test_embed_a_folder_with_a_broken_picture(cli: Cli, world: World, tmp_path: 
     assert outcome.status == 0 and "bad.png" in outcome.err and "1 could not be read" in outcome.out
 
 
+def test_embed_tells_a_file_from_a_place_and_a_picture_from_a_list(cli: Cli, world: World, tmp_path: Path) -> None:
+    file = tmp_path / "captions.json"
+    file.write_text("[]")
+    model = ("embed", "--model", world.model)
+    refused(cli(*model, "--data", world.data.captions, "--output", file), "captions.json is a file; expected a dir")
+    refused(cli(*model, "--data", first_picture(world), "--output", tmp_path / "s"), "is a picture; expected a file")
+
+
 def test_embed_mistakes(cli: Cli, world: World, tmp_path: Path) -> None:
     model, output = ("--model", world.model), ("--output", tmp_path / "s")
     refused(cli("embed", *model, "--data", tmp_path / "none.json", *output), "none.json")

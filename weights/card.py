@@ -25,7 +25,7 @@ _METRICS = {
     "eval_shuffled": "held out, with another row's picture",
     "eval_blind": "held out, without pictures",
 }
-_RECIPE = ("stage", "epochs", "iters", "batch_size", "learning_rate", "lora_rank", "max_seq_length", "seed")
+_RECIPE = ("stage", "epochs", "learning_rate", "lora_rank", "max_seq_length", "seed")
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ def _recipe(facts: RunFacts, config: ModelConfig) -> list[str]:
     """How it was trained, and how well that went."""
     train, data = facts.config.get("train", {}), facts.config.get("data", {})
     rows = {key: train[key] for key in _RECIPE if train.get(key) is not None}
+    if train.get("batch_size"):
+        rows |= {"rows a step": train["batch_size"] * train.get("grad_accumulation_steps", 1)}
     rows |= {"steps": facts.config.get("steps"), "rows": data.get("rows"), "rows held out": data.get("held_out")}
     rows |= {"store codec": facts.config.get("store", {}).get("codec")}
     rows |= {"pictures": f"{config.tiling.mode}, at most {config.tiling.max_slices} slices beside the overview"}

@@ -80,6 +80,8 @@ def read_data(path: str | Path, *, allow_outside: bool = False) -> DataSet:
     if path.exists() or not _MAGIC.search(str(path)):
         if path.name.lower().endswith((*_TARS, *_TABLES, *_PACKED, ".arrow")):
             return _read_files(path, [path], path.parent)
+        if path.name.lower().endswith(PICTURES):
+            raise DataError(f"{path} is a picture; expected a file that names pictures, or a folder of them.")
         file = read_records(path)
         return DataSet(path, file.records, file.problems, home=path.parent)
     files, missing = expand(str(path))
