@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -65,8 +65,8 @@ class _PlainRow(msgspec.Struct, gc=False):
     audios: UnsetType = UNSET
 
 
-_parse_rows = msgspec.json.Decoder(list[msgspec.Raw]).decode
-_parse_plain = msgspec.json.Decoder(_PlainRow).decode
+_parse_rows: Callable[[str], list[msgspec.Raw]] = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_parse_plain: Callable[[msgspec.Raw], _PlainRow] = msgspec.json.Decoder(_PlainRow).decode
 
 
 def read_records(path: str | Path) -> RecordFile:
