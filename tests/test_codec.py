@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -131,6 +131,7 @@ def test_int4_takes_the_largest_scale_that_is_not_too_large() -> None:
 
 
 @pytest.mark.parametrize("name", CODECS)
+@example(values=np.array([[1e-45, 0, 0, 0]], np.float32))  # a scale that float32 does not have
 @settings(max_examples=60, deadline=None)
 @given(
     values=arrays(

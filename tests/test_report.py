@@ -61,7 +61,7 @@ def test_rates_are_what_was_done_over_the_time_it_took(
         def update(self, *what: Any) -> None:
             notes.append(what)
 
-    watch = command._watch(Bar(), lambda: False, 0.0)  # type: ignore[arg-type]
+    watch = command._watch(Bar(), lambda: False, 0.0, False)  # type: ignore[arg-type]
     assert watch.progress is not None
     one = seen[0]
     watch.progress(one)

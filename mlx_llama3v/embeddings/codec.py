@@ -182,7 +182,7 @@ def _fit(values: np.ndarray) -> dict[str, np.ndarray]:
     trust = len(values) / (len(values) + _PRIOR_ROWS)
     scale = trust * scale + (1 - trust) * np.sqrt((values.astype(np.float64) ** 2).mean())
     scale = np.maximum(scale, _FLOOR * np.median(scale))
-    scale[scale == 0] = 1
+    scale[scale < 2.0**-24] = 1  # float16's smallest: a scale of less may be none in float32
     return {"channel.offset": offset[None].astype(np.float32), "channel.scale": scale[None].astype(np.float32)}
 
 
