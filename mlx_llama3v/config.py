@@ -172,7 +172,7 @@ class ModelConfig:
     @property
     def untrained(self) -> bool:
         """Whether the projector is as `convert` drew it: no run, finished model or projector is among the sources."""
-        return "vision" in self.sources and self.sources.keys().isdisjoint(("run", "model", "projector"))
+        return self.sources.keys().isdisjoint(("run", "model", "projector"))
 
     @property
     def hidden_size(self) -> int:

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,7 @@ from tests.hf_edit import copy, edit, edit_json
 from tests.hf_llama import make_llama
 from tests.hf_parity import distance, logits, pixels
 from tests.hf_siglip import make_siglip
+from tests.tiny_model import tiny_config
 
 TEXTS = ["a red circle", "A BLUE square and a very long list of other things"]
 
@@ -80,6 +82,12 @@ def test_config_is_read_strictly(model_dir: Path, tmp_path: Path) -> None:
     edit_json(other / "config.json", model_type="llava")
     with pytest.raises(CheckpointError, match="'llava', expected 'llama3v'"):
         load_config(other)
+
+
+def test_a_projector_is_untrained_until_a_source_says_otherwise() -> None:
+    config = tiny_config()
+    assert replace(config, sources={}).untrained and replace(config, sources={"vision": "a", "llm": "b"}).untrained
+    assert not any(replace(config, sources={key: "x"}).untrained for key in ("run", "model", "projector"))
 
 
 def test_every_bad_tensor_is_named_at_once(model_dir: Path, tmp_path: Path) -> None:
