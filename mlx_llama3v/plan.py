@@ -73,7 +73,7 @@ class TrainJob:
     recompute: bool  # a block keeps its input alone
     chunk: int  # bytes of logits at once
     targets: int  # positions of a row that have a target, at most
-    patches: int = 0  # bytes of embeddings of a row
+    patches: int = 0  # numbers of embeddings of a row
     projector: int = 0  # bytes a row that the projector keeps for its backward pass
     lanes: int = 1  # parts of the batch that are computed side by side
     sums: int = 1  # sums of gradients that are held at once: 2 where batches are added up
@@ -139,7 +139,7 @@ def training_memory(job: TrainJob) -> Memory:
         weights=job.weights,
         learning=held,
         activations=max(update, round(max(peaks)) + job.rows * job.projector),
-        patches=_PATCHES * job.rows * job.patches,
+        patches=(_READ * 2 + job.width) * job.rows * job.patches,
     )
 
 
@@ -228,7 +228,7 @@ def at_once(sizes: Sequence[int]) -> int:
 
 
 _SHARE = 0.75  # of the memory: the rest is for the system, for what else runs, and for what is reckoned too low
-_PATCHES = 4  # the batch at work, as codes and numbers, and two that are read ahead
+_READ = 3  # batches held in float16: the one at work, which the step makes its own numbers of, and two read ahead
 
 
 def memory_limit() -> int:

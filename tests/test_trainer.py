@@ -16,7 +16,6 @@ from mlx.utils import tree_flatten
 
 from mlx_llama3v.checkpoint import load_run
 from mlx_llama3v.data.records import Problem, Record
-from mlx_llama3v.data.rows import RowLayout, build_rows
 from mlx_llama3v.embeddings.store import Store
 from mlx_llama3v.errors import DataError, RunError
 from mlx_llama3v.model import quantize_decoder
@@ -25,9 +24,8 @@ from mlx_llama3v.text.prompt import Message
 from mlx_llama3v.train import memory
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.train.evaluate import hold_out
-from mlx_llama3v.train.feed import Feed
 from mlx_llama3v.train.report import Callbacks, Progress, Start
-from tests.tiny_model import tiny_model, tiny_tokens
+from tests.tiny_model import tiny_model
 from tests.tiny_run import captions, lines, make_store, run, settings
 
 
@@ -140,31 +138,6 @@ def test_every_row_is_trained_once_an_epoch(store: Store, tmp_path: Path) -> Non
     tokens = sum(len(record.messages[1].text) for record in captions())  # a letter is a token or part of one
     assert 2 * 24 * 2 <= progress.tokens <= 2 * (tokens + 24)
     assert 0 < progress.padding < 1 and progress.rows_per_second > 0
-
-
-def test_batches_are_a_function_of_their_number(store: Store) -> None:
-    model = tiny_model()
-    layout = RowLayout(store, tiny_tokens(), model.config.projector_config, "pretrain", 100)
-    rows, _ = build_rows(captions(20), layout)
-    config = settings(iters=0, epochs=2, batch_size=5, lanes=2)
-
-    def batches(first: int) -> list[list[tuple[str, ...]]]:
-        feed = Feed(rows, store, model.config, config)
-        return [[part.row_ids for part in parts] for parts in feed.batches(first)]
-
-    found = batches(0)
-    assert [[len(ids) for ids in parts] for parts in found] == [[3, 2]] * 8
-    epochs = [[name for parts in half for ids in parts for name in ids] for half in (found[:4], found[4:])]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(row.id for row in rows)
-    assert epochs[0] != epochs[1]
-    assert batches(3) == found[3:]
-    seeds = [
-        Feed(rows, store, model.config, replace(config, seed=seed), rank, 2).seed(batch)
-        for seed in (0, 1)
-        for rank in (0, 1)
-        for batch in (0, 1)
-    ]
-    assert len({*seeds}) == 8 and Feed(rows, store, model.config, config, 0, 2).seed(0) == seeds[0]
 
 
 def test_a_run_is_not_overwritten(store: Store, tmp_path: Path) -> None:

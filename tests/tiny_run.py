@@ -34,9 +34,9 @@ PICTURES = 6
 NAMES = ("red", "green", "a blue one", "white", "black circle", "grey")
 
 
-def make_store(path: Path) -> Store:
+def make_store(path: Path, codec: str = "float16") -> Store:
     """Six pictures that differ, one of them split."""
-    with StoreWriter(path, {"weights": "random"}) as writer:
+    with StoreWriter(path, {"weights": "random"}, codec) as writer:
         for n in range(PICTURES):
             layout = SPLIT if n == 3 else PLAIN
             values = np.random.default_rng(n).standard_normal((layout.patches, D_VISION))

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_llama3v.config import Encoded, SliceLayout
-from mlx_llama3v.embeddings.codec import DEFAULT, get_codec, saturate, width
+from mlx_llama3v.embeddings.codec import DEFAULT, get_codec, width
 from mlx_llama3v.embeddings.form import Made, choose_form
 from mlx_llama3v.embeddings.lock import Lock
 from mlx_llama3v.embeddings.shard import Parts, Picture, Shard, write_atomic, write_shard
@@ -316,8 +316,7 @@ class RollingStore:
 
     def read(self, name: str) -> Encoded:
         """See Store."""
-        layout, parts = self.read_coded(name)
-        return Encoded(layout, saturate(self.codec.decode(parts)))
+        return self.read_coded(name).decoded(self.codec)
 
     def announce(self, names: Iterable[str]) -> None:
         """Nothing: what is read next was written a moment ago."""

@@ -38,6 +38,10 @@ class Coded(NamedTuple):
     layout: SliceLayout
     parts: Parts  # of the codec, each [layout.patches, ...], and its channel parts [1, D]
 
+    def decoded(self, codec: Codec) -> Encoded:
+        """float16 [layout.patches, D]; `codec` is the store's."""
+        return Encoded(self.layout, saturate(codec.decode(self.parts)))
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -212,11 +216,10 @@ class Store:
 
         Raises StoreError for an unknown name, and naming the file for a shard cut short.
         """
-        layout, parts = self.read_coded(name)
-        return Encoded(layout, saturate(self.codec.decode(parts)))
+        return self.read_coded(name).decoded(self.codec)
 
     def read_coded(self, name: str) -> Coded:
-        """One picture as it lies on disk; `codec.decode` takes its parts. Raises as `read` does."""
+        """One picture as it lies on disk; see `Coded.decoded`. Raises as `read` does."""
         shard, i = self._find(name)
         return Coded(shard.index.layout(i), shard.read(i) | shard.channels)
 

@@ -1,4 +1,4 @@
-"""The batches of a run, in order, read ahead of the step that needs them."""
+"""The batches of a run, in order, read and decoded ahead of the step that needs them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlx_llama3v.data.rows import Row
 from mlx_llama3v.embeddings.store import Reader
 from mlx_llama3v.train.config import TrainConfig
 
-_AHEAD = 2  # batches that are read while a step computes
+_AHEAD = 2  # batches that are read and decoded while a step computes
 
 
 class Feed:

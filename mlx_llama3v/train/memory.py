@@ -81,7 +81,7 @@ def training_job(
         recompute=config.grad_checkpoint,
         chunk=chunk_bytes(),
         targets=length if targets is None else targets,
-        patches=width * len(patches) * most * projector.in_dim,
+        patches=len(patches) * most * projector.in_dim,
         projector=width * len(patches) * kept(projector, most) if learns else 0,
         lanes=max(1, config.lanes),
         sums=2 if config.grad_accumulation_steps > 1 or config.lanes > 1 or config.rows_per_step else 1,
