@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mlx_llama3v.cli import show
-from mlx_llama3v.cli.options import Model, Offline, Run, given, warn_untrained
+from mlx_llama3v.cli.options import Model, Offline, Run, given, warn_misfit
 from mlx_llama3v.errors import CheckpointError
 from mlx_llama3v.weights.gguf_file import TYPES
 
@@ -82,8 +82,7 @@ def export(
             raise CheckpointError(f"{flag} goes with --format {' or '.join(formats)}; --format is {format.value}.")
     path = resolve(model, offline=offline)
     show.leftovers(output)
-    if run is None:
-        warn_untrained(path)
+    warn_misfit(path, run)
     if format is Format.hub:
         if repo is None:
             raise CheckpointError("--format hub uploads a model; expected --repo owner/name (also with --dry-run).")

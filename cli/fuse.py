@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mlx_llama3v.cli import show
-from mlx_llama3v.cli.options import Model, Offline
+from mlx_llama3v.cli.options import Model, Offline, warn_decoder
 
 
 def register(app: typer.Typer) -> None:
@@ -39,6 +39,8 @@ def fuse(
     from mlx_llama3v.hub import resolve
     from mlx_llama3v.weights.fuse import fuse as merge
 
-    written = merge(resolve(model, offline=offline), run, output, dequantize=dequantize)
+    path = resolve(model, offline=offline)
+    warn_decoder(path, run)
+    written = merge(path, run, output, dequantize=dequantize)
     show.out.print(f"Model directory: {written}")
     show.leftovers(written)

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from mlx_llama3v.checkpoint import load_config
+from mlx_llama3v.checkpoint import load_config, same_decoder
 from mlx_llama3v.cli import show
 from mlx_llama3v.config import TilingConfig
 from mlx_llama3v.errors import RunError
@@ -156,10 +156,18 @@ def split_settings(values: dict[str, Any], *classes: type) -> list[Any]:
     return [cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values}) for cls in classes]
 
 
-def warn_untrained(model: Path) -> None:
-    """Say that a model cannot see yet: its answers look like those of a bad one."""
-    if load_config(model).untrained:
+def warn_misfit(model: Path, run: Path | None) -> None:
+    """Say that a model cannot see yet, or that a run is of another one: its answers look like those of a bad one."""
+    if run is not None:
+        warn_decoder(model, run)
+    elif load_config(model).untrained:
         show.warn(f"note: the projector of {model} is untrained, so it cannot see; train one, and give it with --run.")
+
+
+def warn_decoder(model: Path, run: Path) -> None:
+    """Say that a run learned beside other weights."""
+    if not same_decoder(model, run):
+        show.warn(f"note: {run} was trained with another decoder than that of {model}; here it may do badly.")
 
 
 def open_session(
@@ -172,8 +180,7 @@ def open_session(
 ) -> Session:
     """A chat session on a model directory and, if given, a run; used by `chat` and `generate`."""
     session = load(path := resolve(model, offline=offline), run, system=system, memory=memory)
-    if run is None:
-        warn_untrained(path)
+    warn_misfit(path, run)
     if session.encoder is not None:
         session.encoder.tiling = tiling(session.encoder.tiling, max_slices)
     return session

@@ -18,11 +18,20 @@ from rich.text import Text
 from mlx_llama3v.ahead import AheadConfig
 from mlx_llama3v.cli import show
 from mlx_llama3v.cli.interrupt import interruptible
-from mlx_llama3v.cli.options import Offline, TrainConfigFile, byte_count, given, settings_options, split_settings
+from mlx_llama3v.cli.options import (
+    Offline,
+    TrainConfigFile,
+    byte_count,
+    given,
+    settings_options,
+    split_settings,
+    warn_decoder,
+)
 from mlx_llama3v.embeddings.codec import CODECS
 from mlx_llama3v.embeddings.codec import DEFAULT as DEFAULT_CODEC
 from mlx_llama3v.embeddings.store import MANIFEST, Manifest
 from mlx_llama3v.errors import RunError
+from mlx_llama3v.hub import resolve
 from mlx_llama3v.knob import knob
 from mlx_llama3v.stages import train_stage
 from mlx_llama3v.train.config import TrainConfig
@@ -112,6 +121,8 @@ def train(
     model, embeddings = _sources(model, embeddings, before, embedding.embed_ahead)
     _compare_slices(before, embeddings)
     ahead = embedding.ahead(model, offline)
+    if projector is not None:
+        warn_decoder(resolve(model, offline=offline), projector)
     with show.bar(wanted.stage, "steps") as bar, interruptible(_stopping) as stop:
         result = train_stage(
             model,

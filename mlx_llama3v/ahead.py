@@ -36,7 +36,7 @@ from mlx_llama3v.embeddings.rolling import RollingStore, RollingWriter, read_nam
 from mlx_llama3v.embeddings.sample import fit_sample
 from mlx_llama3v.embeddings.shard import write_atomic
 from mlx_llama3v.embeddings.store import Manifest, Store, plain
-from mlx_llama3v.embeddings.writer import StoreWriter
+from mlx_llama3v.embeddings.writer import Post, StoreWriter
 from mlx_llama3v.encoder import load_encoder, load_post
 from mlx_llama3v.errors import StoreError, UserError, size
 from mlx_llama3v.estimate import picture_sizes
@@ -81,9 +81,7 @@ class Ahead:
         self._reads: _Reads | None = None
         model = load_config(resolve(config.model, offline=config.offline))
         encoder = self._encoder
-        self._post = post = load_post(
-            model, config.pool, Path(config.after_projector) if config.after_projector else None
-        )
+        self._post = post = _post(config)
         layouts, problems = scan(images, encoder)
         if problems and not layouts:
             why = next(iter(problems.values()))
@@ -256,13 +254,17 @@ def scan(
     return layouts, problems
 
 
+def _post(config: AheadConfig) -> Post | None:
+    projector = Path(config.after_projector) if config.after_projector else None
+    return load_post(config.model, config.pool, projector, offline=config.offline)
+
+
 def encode(directory: Path, parent: int) -> None:
     """What the child does. Raises UserError."""
     values: dict[str, Any] = json.loads((directory / SPEC).read_bytes())
     config = AheadConfig(**values)
-    model = load_config(resolve(config.model, offline=config.offline))
     encoder = load_encoder(config.model, max_slices=config.max_slices, offline=config.offline)
-    post = load_post(model, config.pool, Path(config.after_projector) if config.after_projector else None)
+    post = _post(config)
 
     def check() -> None:
         if os.getppid() != parent:

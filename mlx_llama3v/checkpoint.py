@@ -26,14 +26,17 @@ from mlx_llama3v.model import Llama3V, dequantized, quantize_layers
 from mlx_llama3v.platform import device_name
 from mlx_llama3v.projector import Projector
 from mlx_llama3v.tensors import (
+    MARKS,
     SHARD_BYTES,
     load_file,
     load_into,
+    marks,
     mismatches,
     parameters,
     read_json,
     read_tensors,
     refuse,
+    same_marks,
     save_safetensors_atomic,
     write_shards,
     write_text,
@@ -271,15 +274,45 @@ def load_projector(config: ModelConfig, run: str | Path) -> Projector:
     return projector
 
 
+def check_run(directory: str | Path, run: str | Path) -> None:
+    """Refuse a run that learned from the pictures of another vision tower than this model's, though of its sizes.
+
+    `run` may be its projector.safetensors. What one of the two does not say is not compared. Raises CheckpointError.
+    """
+    facts = _facts(run)
+    if not same_marks(str(facts.get("store", {}).get(MARKS, "")), tower_marks(directory)):
+        own = f": {facts['model_path']}" if facts.get("model_path") else ""
+        raise CheckpointError(
+            f"{run} learned from pictures as another vision tower sees them than that of {directory}, though one of "
+            f"the same sizes; give the model that it was trained with{own}."
+        )
+
+
+def same_decoder(directory: str | Path, run: str | Path) -> bool:
+    """Whether a run (or that of a projector.safetensors) was trained with this model's decoder, or does not say."""
+    found = read_tensors(resolve(directory), ("language_model.",))
+    return same_marks(str(_facts(run).get("decoder", "")), marks(found))
+
+
+def tower_marks(directory: str | Path) -> str:
+    """Of the vision tower of a model directory (tensors.marks); "" where it has none."""
+    return marks(read_tensors(resolve(directory), ("vision_tower.",)))
+
+
+def _facts(run: str | Path | None) -> dict[str, Any]:
+    """What a run (or the one that this file of a projector lies in) says of itself; nothing where there is none."""
+    path = Path(run).expanduser() if run is not None else None
+    file = None if path is None else (path.parent if path.is_file() else path) / "config.json"
+    values = read_json(file) if file is not None and file.is_file() else {}
+    return values if isinstance(values.get("store", {}), dict) else {}
+
+
 def trained_on(config: ModelConfig, run_dir: str | Path | None) -> ModelConfig:
     """`config` with pictures as the store of a run had them: at most so many slices, means over N x N patches.
 
-    Unchanged where the run does not say (an older one, or bare files).
+    `run_dir` may be its projector.safetensors. Unchanged where the run does not say (an older one, or bare files).
     """
-    file = Path(run_dir).expanduser() / "config.json" if run_dir is not None else None
-    values = read_json(file).get("store") if file is not None and file.is_file() else None
-    if not isinstance(values, dict):
-        return config
+    values = _facts(run_dir).get("store", {})
     post, tiling = values.get("post"), values.get("tiling")
     pool = post.get("pool", 1) if isinstance(post, dict) else None
     if isinstance(pool, int) and pool > 0:

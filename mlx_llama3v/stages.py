@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_llama3v.ahead import Ahead, AheadConfig
-from mlx_llama3v.checkpoint import load_config, load_model, load_projector, load_run
+from mlx_llama3v.checkpoint import check_run, load_config, load_model, load_projector, load_run, tower_marks
 from mlx_llama3v.config import ModelConfig
 from mlx_llama3v.data.dataset import DataSet, read_data
 from mlx_llama3v.data.sources import Refused
@@ -21,6 +21,7 @@ from mlx_llama3v.hub import resolve
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.platform import wire_memory
 from mlx_llama3v.projected import projector_digest, stored_config
+from mlx_llama3v.tensors import MARKS, same_marks
 from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.train.report import Callbacks
@@ -115,6 +116,7 @@ def _train(
             _check_pool(store, stored_pool(model_config, projector))
     llama3v = load_model(path)
     if projector is not None:
+        check_run(path, projector)
         _take_projector(llama3v, projector)
     if "projector" in store.manifest.post:
         _use_stored_tokens(llama3v, store, config)
@@ -179,8 +181,9 @@ def _use_stored_tokens(model: Llama3V, store: Reader, config: TrainConfig) -> No
 def _check_store(store: Reader, path: Path, config: ModelConfig, model: Path) -> None:
     """Refuse embeddings of another tower, layer or pixel preprocessing, without loading the tower.
 
-    The tower's weights are not compared: that would mean to read and hash them, which `embed` did. Nor is the version
-    of image processing: what an older one stored is within a few grey levels of what chat will see.
+    Of the tower's weights some are compared (tensors.marks): to read and hash them all takes its time, which `embed`
+    takes. Nor is the version of image processing: what an older one stored is within a few grey levels of what chat
+    will see.
     """
     if len(store) == 0:
         raise StoreError(f"{path} is an empty store; run `llama3v-mlx embed` first.")
@@ -192,6 +195,11 @@ def _check_store(store: Reader, path: Path, config: ModelConfig, model: Path) ->
     made = replace(store.manifest, fingerprint={key: store.manifest.fingerprint.get(key) for key in expected})
     if what := made.differences({"fingerprint": expected}):
         raise StoreError(f"{path} was made for another model than {model}: {what}; embed with this one.")
+    if not same_marks(store.manifest.fingerprint.get(MARKS, ""), tower_marks(model)):
+        raise StoreError(
+            f"{path} was made with another vision tower than that of {model}, though one of the same sizes; embed with "
+            "this one, or train the model that it was made with."
+        )
     mode = store.manifest.fingerprint.get("tiling", {}).get("mode", config.tiling.mode)
     if mode != config.tiling.mode:
         raise StoreError(

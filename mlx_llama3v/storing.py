@@ -78,7 +78,7 @@ def estimate_data(
     read, pictures = _pictures(data, output, image_folder, allow_outside)
     encoder = load_encoder(model, max_slices=max_slices, offline=offline)
     config = load_config(resolve(model, offline=offline))
-    post = load_post(config, pool, after_projector)
+    post = load_post(model, pool, after_projector, offline=offline)
     damage: list[DamagedError] = []
     left = estimate.missing(pictures, output, encoder, codec, post, damage)
     form = _form(config, max_slices, pool, after_projector)
@@ -149,7 +149,7 @@ def embed_data(
     read, images = _pictures(data, output, image_folder, allow_outside)
     encoder = load_encoder(model, max_slices=max_slices, offline=offline)
     config = load_config(resolve(model, offline=offline))
-    post = load_post(config, pool, after_projector)
+    post = load_post(model, pool, after_projector, offline=offline)
     losses = losses or Losses()
     ranks, made = Ranks(output, losses), encoder.fingerprint()
     mine = ranks.share(images, fingerprint=made, codec=codec, post=post.describe() if post else {})

@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from mlx_llama3v.checkpoint import load_run, read_model
+from mlx_llama3v.checkpoint import check_run, load_run, read_model
 from mlx_llama3v.config import ModelConfig, TilingConfig
 from mlx_llama3v.directory import LEGAL_FILES, TOKENIZER_FILES, write_directory
 from mlx_llama3v.durable import sync
@@ -53,6 +53,7 @@ def open_model(model_dir: str | Path, run: str | Path | None) -> tuple[Path, Lla
             "--dequantize` makes of this one and a run."
         )
     if run is not None:
+        check_run(source, run)
         load_run(model, run)
         decoder = model.language_model
         merged = [(name, merge(module)) for name, module in decoder.named_modules() if hasattr(module, "fuse")]

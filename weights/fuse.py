@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_llama3v.checkpoint import load_config, load_run, read_model, save_model, trained_on
+from mlx_llama3v.checkpoint import check_run, load_config, load_run, read_model, save_model, trained_on
 from mlx_llama3v.config import ModelConfig
 from mlx_llama3v.directory import check_output
 from mlx_llama3v.errors import CheckpointError
@@ -42,6 +42,7 @@ def fuse(
     `load_run` and `save_model` do.
     """
     source, target = resolve(model_dir).resolve(), check_output(out_dir)
+    check_run(source, run_dir)
     model = read_model(source, dequantize=dequantize)
     load_run(model, run_dir)
     decoder = model.language_model

@@ -24,6 +24,7 @@ from mlx_llama3v.embeddings.codec import Codec, Fit, Parts, get_codec, misfit, s
 from mlx_llama3v.embeddings.index import Index, distinct_layouts
 from mlx_llama3v.embeddings.shard import SCHEMA, OpenFile, Shard, damaged, read_shard, verify_shard, write_atomic
 from mlx_llama3v.errors import DamagedError, ManifestError, StoreError
+from mlx_llama3v.tensors import MARKS
 
 MANIFEST = "manifest.json"
 FAILURES = "failures.jsonl"
@@ -55,7 +56,8 @@ class Manifest:
     @property
     def digest(self) -> str:
         """Stands in every shard, so that a shard of another store is noticed."""
-        return hashlib.sha256(json.dumps([self.fingerprint, self.post], sort_keys=True).encode()).hexdigest()
+        made = {key: value for key, value in self.fingerprint.items() if key != MARKS}
+        return hashlib.sha256(json.dumps([made, self.post], sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -91,7 +93,7 @@ class Manifest:
     def differences(self, wanted: Mapping[str, Any]) -> str:
         """Each wanted setting that differs, with both values; "" where none does."""
         mine, yours = _flat({key: getattr(self, key) for key in wanted}), _flat(plain(wanted))
-        keys = [key for key in {**mine, **yours} if mine.get(key) != yours.get(key)]
+        keys = [key for key in {**mine, **yours} if mine.get(key) != yours.get(key) and key != MARKS]
         return "; ".join(f"{key} is {mine.get(key)!r} there and {yours.get(key)!r} here" for key in keys)
 
 
@@ -127,6 +129,7 @@ def described(store: Reader) -> dict[str, Any]:
         "codec": store.codec.name,
         "post": store.manifest.post,
         "tiling": store.manifest.fingerprint.get("tiling"),
+        MARKS: store.manifest.fingerprint.get(MARKS, ""),
     }
 
 

@@ -28,6 +28,7 @@ def load(
     tokens = Tokens.load(path, config.marker_ids, config.eos_token_ids, config.prompt_layout)
     llama3v = checkpoint.load_model(path)
     if run is not None:
+        checkpoint.check_run(path, run)
         checkpoint.load_run(llama3v, Path(run))
     encoder = load_encoder(path) if read_tensors(path, ("vision_tower.",)) else None
     if encoder is not None:

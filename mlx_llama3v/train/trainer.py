@@ -31,7 +31,7 @@ from mlx_llama3v.errors import DataError, RunError
 from mlx_llama3v.lanes import Lanes, lanes
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.platform import machine
-from mlx_llama3v.tensors import parameters, save_safetensors_atomic, write_text
+from mlx_llama3v.tensors import marks, parameters, save_safetensors_atomic, write_text
 from mlx_llama3v.text.prompt import describe
 from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.train import resume as checkpointing
@@ -146,6 +146,7 @@ class _Run:
         self.feed = Feed(self.rows, store, model.config, config, self.group.rank(), self.group.size())
         self.sample = tuple(describe(self.rows[0].rendered, tokens))
         self.tokens = tokens
+        self.decoder = marks(parameters(model.language_model))  # before it has adapters
         self.window = Window()
         self.metrics = Metrics(self.path / METRICS)
         self.drawn = -1  # lines of metrics in the last picture
@@ -233,6 +234,7 @@ class _Run:
             "data": {"rows": len(self.rows), "held_out": held_out, "left_out": len(self.problems)},
             "trainable": {"parameters": self.trainable.count, "of": self.trainable.total},
             "store": described(self.store),
+            "decoder": self.decoder,
             "model": self.model.config.to_dict(),
             "machine": machine(),
         }

@@ -16,10 +16,10 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlx_llama3v.config import Encoded, Grid, ImageConfig, SliceLayout, TilingConfig, VisionConfig
 from mlx_llama3v.lanes import default_lanes, lanes
+from mlx_llama3v.tensors import MARKS, marks, parameters
 from mlx_llama3v.vision.image import PROCESSING, Source, cut, normalisation, open_image
 from mlx_llama3v.vision.pool import pool_picture
 from mlx_llama3v.vision.siglip import VisionTower, position_table
@@ -181,6 +181,7 @@ class Encoder:
         """JSON-ready identity of what `embed` computes; encoders with equal ones may share a store."""
         return {
             "weights": self._weights_sha256,
+            MARKS: marks(parameters(self.tower)),
             "layer": self.layer,
             "processing": PROCESSING,
             "vision": asdict(self.vision),
@@ -191,8 +192,7 @@ class Encoder:
     @cached_property
     def _weights_sha256(self) -> str:
         digest = hashlib.sha256()
-        arrays: dict[str, mx.array] = dict(tree_flatten(self.tower.parameters()))
-        for name, array in sorted(arrays.items()):
+        for name, array in sorted(parameters(self.tower).items()):
             digest.update(f"{name} {list(array.shape)}\n".encode())
             digest.update(np.array(array.astype(mx.float32)).data)
         return digest.hexdigest()
