@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from mlx_llama3v.embeddings.store import Store
 from tests.forked import start
+from tests.ranks import LAUNCH, ROOT, launch, launching
 from tests.test_resume import outcome, spoiled
 from tests.tiny_run import make_store, run, settings
 
@@ -34,6 +40,35 @@ def test_killed_twenty_times_and_more(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store")
     writing = sum(killed(kind, store, tmp_path / kind) for kind in KINDS)
     assert writing > 0, "no kill fell into the writing of a checkpoint"
+
+
+_RANK = """
+import os, sys
+from pathlib import Path
+from tests.test_train_kill import go_on
+Path(sys.argv[1] + os.environ["MLX_RANK"]).write_text(str(os.getpid()))
+go_on("lora", Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.skipif(not LAUNCH.exists(), reason="mlx.launch is not installed")
+def test_all_ranks_are_killed_at_once(tmp_path: Path) -> None:
+    """As when the power fails: of two machines neither can end in order."""
+    store, whole, cut = make_store(tmp_path / "store").path, tmp_path / "whole", tmp_path / "cut"
+    done = launch(sys.executable, "-c", _RANK, str(whole), str(store))
+    assert done.returncode == 0, done
+    for wanted in (0, 8):  # the step after which the kill falls, beside what is under way then
+        command = launching(sys.executable, "-c", _RANK, str(cut), str(store))
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, cwd=ROOT) as running:
+            until = time.monotonic() + 60
+            while not any(cut.glob(f"checkpoints/*{wanted:04}") if wanted else cut.glob("config.json")):
+                assert running.poll() is None and time.monotonic() < until
+                time.sleep(0.001)
+            for rank in "01":
+                os.kill(int(tmp_path.joinpath(f"cut{rank}").read_text()), signal.SIGKILL)
+        assert not (cut / "adapters.safetensors").exists()
+    done = launch(sys.executable, "-c", _RANK, str(cut), str(store))
+    assert done.returncode == 0 and outcome(cut) == outcome(whole), done
 
 
 def killed(kind: str, store: Store, path: Path) -> int:
