@@ -30,6 +30,7 @@ import numpy as np
 
 from mlx_llama3v.config import ModelConfig, ProjectorConfig, VisionConfig, llama_config
 from mlx_llama3v.data.batches import Batch
+from mlx_llama3v.embeddings.codec import get_codec
 from mlx_llama3v.errors import RunError
 from mlx_llama3v.lanes import lanes
 from mlx_llama3v.model import Llama3V, quantize_decoder
@@ -159,7 +160,8 @@ def measure(
         targets=ids,
         supervised=mx.array(supervised),
         picks=mx.array(np.flatnonzero(supervised).astype(np.int32)),
-        patches=None,
+        stored={},
+        codec=get_codec("float16"),
         grid=None,
         num_tokens=0,
         lengths=(length,) * rows,
@@ -228,7 +230,7 @@ def llama3_8b(recompute: bool, stage: str) -> TrainJob:
         recompute=recompute,
         chunk=GPU_CHUNKS * CHUNK_BYTES,
         targets=512,
-        patches=tokens * projector.in_dim,
+        patches=2 * tokens * projector.in_dim,
         projector=0 if adapted else 2 * 7 * kept(projector, 729),
         sums=2,
     )

@@ -151,7 +151,7 @@ def ours(args: argparse.Namespace, work: Path, how: str) -> tuple[Step, float]:
     def start(lane: int, found: list[np.ndarray] | None) -> Any:
         batch = collate(laid_out[lane :: config.lanes], store, model.config, 4)
         if found is not None:
-            batch = replace(batch, patches=mx.array(np.stack(found[lane :: config.lanes])))
+            batch = replace(batch, stored={"patches": mx.array(np.stack(found[lane :: config.lanes]))})
         return side.start(
             partial(full_logits, model, batch) if how == "full logits" else partial(step.gradients, batch)
         )

@@ -139,7 +139,7 @@ def training_memory(job: TrainJob) -> Memory:
         weights=job.weights,
         learning=held,
         activations=max(update, round(max(peaks)) + job.rows * job.projector),
-        patches=(_READ * 2 + job.width) * job.rows * job.patches,
+        patches=(_READ * 2 + 4 + job.width) * job.rows * job.patches,
     )
 
 
@@ -228,7 +228,9 @@ def at_once(sizes: Sequence[int]) -> int:
 
 
 _SHARE = 0.75  # of the memory: the rest is for the system, for what else runs, and for what is reckoned too low
-_READ = 3  # batches held in float16: the one at work, which the step makes its own numbers of, and two read ahead
+# Batches in float16 or as codes: the one at work, of which the step makes its own numbers, and two that are read ahead,
+# one of them being decoded, by way of float32.
+_READ = 3
 
 
 def memory_limit() -> int:

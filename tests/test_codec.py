@@ -72,6 +72,19 @@ def test_outlier_channels_do_not_cost_the_others_their_precision(name: str, most
     assert error(values, flat, PLAIN) > 1.25 * most
 
 
+@pytest.mark.parametrize("name", CODECS)
+def test_the_device_decodes_as_numpy_does(name: str) -> None:
+    codec, values = get_codec(name), with_outliers()
+    channels = codec.fit(values)
+    parts = {**codec.encode(values, channels), **channels}
+    ours = np.array(codec.decode({key: mx.array(part) for key, part in parts.items()}, mx).astype(mx.float32))
+    np.testing.assert_allclose(ours, codec.decode(parts).astype(np.float32), rtol=1e-6, atol=1e-6)
+    # several slices at once, each with the channels of its own shard
+    stacked = {key: mx.array(np.stack([part, part])) for key, part in parts.items()}
+    both = np.array(codec.decode(stacked, mx).astype(mx.float32))
+    np.testing.assert_allclose(both[1], ours, rtol=1e-6, atol=1e-6)
+
+
 def agree(codec: Codec, values: np.ndarray, channels: Parts) -> None:
     """The device's codes of [S, N, D] are NumPy's: on a CPU the same bytes, on a GPU at most one step beside them."""
     own = {key: mx.array(part) for key, part in channels.items()}

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from threading import Semaphore, current_thread, main_thread
 from typing import Any
 
-import numpy as np
 import pytest
 
-from mlx_llama3v.data.batches import Batch
 from mlx_llama3v.data.rows import RowLayout, build_rows
-from mlx_llama3v.embeddings.codec import Parts
 from mlx_llama3v.train.feed import Feed
+from mlx_llama3v.train.report import Window
 from mlx_llama3v.train.step import Step
 from tests.tiny_model import tiny_model, tiny_tokens
 from tests.tiny_run import captions, make_store, run, settings
@@ -46,24 +44,33 @@ def test_batches_are_a_function_of_their_number(tmp_path: Path) -> None:
     assert len({*seeds}) == 8 and Feed(rows, store, model.config, config, 0, 2).seed(0) == seeds[0]
 
 
-def test_the_next_batch_is_read_and_decoded_while_a_step_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No step goes on here before the pictures of the next one are embeddings, which none but the feed can make."""
-    store = make_store(tmp_path / "store", "int4")
-    decode, store.codec, decoded = store.codec.decode, copy(store.codec), Semaphore(0)
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_the_next_batch_is_read_and_decoded_while_a_step_runs(
+    lanes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its codes go to the device, and become embeddings there, before the results of the step at work are asked for."""
+    store, seen = make_store(tmp_path / "store", "int4"), list[str]()
+    store.codec = copy(store.codec)
 
-    def decoding(parts: Parts) -> np.ndarray:
-        assert current_thread() is not main_thread()
-        decoded.release()
-        return decode(parts)
+    def told(owner: Any, name: str, word: str, before: Callable[[Any], None] = lambda _: None) -> None:
+        function = getattr(owner, name)
 
-    gradients, waiting = Step.gradients, [8, 4, 4, 0]  # pictures: of two batches, then of one more each time
+        def telling(*given: Any) -> Any:
+            before(given[0])
+            seen.append(word)
+            return function(*given)
 
-    def stepping(self: Step, batch: Batch) -> Any:
-        assert batch.images == 4
-        assert all(decoded.acquire(timeout=20) for _ in range(waiting.pop(0)))
-        return gradients(self, batch)
+        monkeypatch.setattr(owner, name, telling)
 
-    monkeypatch.setattr(store.codec, "decode", decoding)
-    monkeypatch.setattr(Step, "gradients", stepping)
-    run(settings(iters=4, lanes=1, save_every=0, val_split=0), store, tmp_path / "run")
-    assert not waiting
+    def read(feed: Feed) -> None:
+        """Reading is not what is slow."""
+        if feed._waiting:
+            feed._waiting[0].result(timeout=20)
+
+    told(store.codec, "decode", "decode")
+    told(Feed, "decode_next", "next", read)
+    told(Step, "gradients", "step")
+    told(Window, "see", "result")
+    run(settings(iters=4, lanes=lanes, save_every=0, val_split=0), store, tmp_path / "run")
+    first, begun, ended = ["decode"] * lanes, ["step"] * lanes + ["next"], ["result"] * lanes
+    assert seen == [*first, *[*begun, *first, *ended] * 3, *begun, *ended]

@@ -168,8 +168,8 @@ def test_padding_never_contributes(stage: str, store: Store) -> None:
     patches, grid = np.array(batch.patches), np.array(batch.grid)
     for number, (height, width) in enumerate(grid):
         patches[number, height * width :] = 100.0
-    noise = {"ids": mx.array(ids), "targets": mx.array(targets), "patches": mx.array(patches)}
-    dirty = found(model, replace(batch, **noise))
+    stored = {"patches": mx.array(patches)}
+    dirty = found(model, replace(batch, ids=mx.array(ids), targets=mx.array(targets), stored=stored))
     assert dirty[0] == pytest.approx(clean[0], rel=1e-5)
     assert_same(clean[2], dirty[2])
 

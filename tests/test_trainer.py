@@ -235,7 +235,7 @@ def test_accumulation_holds_one_sum(store: Store, tmp_path: Path, monkeypatch: p
         waiting.clear()
         run(settings(iters=1, grad_accumulation_steps=parts, lanes=1), store, tmp_path / str(parts))
         counts[parts] = len(waiting)
-    assert counts[16] - counts[1] == 15
+    assert counts[16] - counts[1] == 2 * 15  # the embeddings of each, and the sum
 
 
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on(store: Store, tmp_path: Path) -> None:

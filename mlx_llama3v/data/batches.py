@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_llama3v.config import ModelConfig
 from mlx_llama3v.data.rows import Row
+from mlx_llama3v.embeddings.codec import CHANNEL, Codec, saturate
 from mlx_llama3v.embeddings.store import Reader
 from mlx_llama3v.projector import pad_slices, places
 from mlx_llama3v.text.prompt import FIRST_VISUAL
@@ -35,13 +37,20 @@ class Batch:
     targets: mx.array  # int32 [B, L]: the id that position i predicts
     supervised: mx.array  # bool [B, L]: whether that id is to be learned
     picks: mx.array  # int32 [N]: flat indices b * L + i of all supervised positions, padded with unsupervised ones
-    patches: mx.array | None  # float16 [S, P, D_v]; None where no row has a picture
+    stored: dict[str, mx.array]  # the codec's parts of all slices [S, P, ...]; empty where no row has a picture
+    codec: Codec
     grid: mx.array | None  # int32 [S, 2]
     num_tokens: int  # visual tokens a slice has room for
     lengths: tuple[int, ...]  # of the rows before padding
     row_ids: tuple[str, ...]
     images: int  # pictures of all rows
     segments: mx.array | None = None  # int32 [B, L], where packed: 1, 2, ... the row of a position, 0 padding
+
+    @cached_property
+    def patches(self) -> mx.array | None:
+        """float16 [S, P, D_v], which the device makes of the codes for the thread that asks first; None without
+        pictures."""
+        return saturate(self.codec.decode(self.stored, mx), mx) if self.stored else None
 
     @property
     def padding(self) -> float:
@@ -107,7 +116,7 @@ def bins(rows: Sequence[Row], most: int) -> list[list[Row]]:
 
 
 def collate(rows: Sequence[Row], store: Reader, config: ModelConfig, pad_to: int = 8, *, packed: bool = False) -> Batch:
-    """Put rows together, reading and decoding their embeddings; L becomes one of few multiples of `pad_to`.
+    """Put rows together, reading their embeddings; L becomes one of few multiples of `pad_to`.
 
     `packed`: sequences as long as the longest row take several rows. Computes with NumPy alone, so it may run in a
     thread beside the training step. Raises StoreError.
@@ -117,7 +126,7 @@ def collate(rows: Sequence[Row], store: Reader, config: ModelConfig, pad_to: int
     rows = [row for sequence in sequences for row in sequence]
     ids, source, segments = np.zeros((3, len(sequences), length), np.int32)
     supervised = np.zeros((len(sequences), length), np.bool_)
-    patches, grid, num_tokens, tables = _slices(rows, store, config)
+    parts, grid, num_tokens, tables = _slices(rows, store, config)
     waiting = iter(tables)
     for i, sequence in enumerate(sequences):
         start = 0
@@ -142,7 +151,8 @@ def collate(rows: Sequence[Row], store: Reader, config: ModelConfig, pad_to: int
         targets=mx.array(targets),
         supervised=mx.array(supervised),
         picks=mx.array(picks.astype(np.int32)),
-        patches=None if patches is None else mx.array(patches),
+        stored={name: mx.array(part) for name, part in parts.items()},
+        codec=store.codec,
         grid=None if grid is None else mx.array(grid),
         num_tokens=num_tokens,
         lengths=tuple(map(len, rows)),
@@ -154,23 +164,29 @@ def collate(rows: Sequence[Row], store: Reader, config: ModelConfig, pad_to: int
 
 def _slices(
     rows: Sequence[Row], store: Reader, config: ModelConfig
-) -> tuple[np.ndarray | None, np.ndarray | None, int, list[np.ndarray]]:
-    """The padded embeddings and grids of a batch, the room a slice has for its tokens, and one table a row that takes
-    the row's k-th visual token to its entry of the projected [S * num_tokens]."""
+) -> tuple[dict[str, np.ndarray], np.ndarray | None, int, list[np.ndarray]]:
+    """The padded codes and grids of a batch, the room a slice has for its tokens, and one table a row that takes the
+    row's k-th visual token to its entry of the projected [S * num_tokens]."""
     coded = store.read_batch([name for row in rows for name in row.images])
     if not coded:
-        return None, None, 0, [np.zeros(0, np.int32)] * len(rows)
+        return {}, None, 0, [np.zeros(0, np.int32)] * len(rows)
     found = places([row.layouts for row in rows], config.projector_config)
     native = config.vision_config.grid  # whole slices of this shape are what most stores consist of: never pad them
     S = padded(len(found.grid))
     P = padded(int(found.grid.prod(1).max()), most=native**2)
     num_tokens = padded(found.num_tokens, most=config.projector_config.num_tokens((native, native)))
-    # Picture by picture: what decoding needs on the way is small then, and each has the channels of its own shard.
-    values = [picture.decoded(store.codec).patches for picture in coded]
-    patches = pad_slices(values, [picture.layout for picture in coded], S, P)
+    layouts = [picture.layout for picture in coded]
+    parts = {}
+    for name in coded[0].parts:
+        values = [picture.parts[name] for picture in coded]
+        if name.startswith(CHANNEL):  # one row a shard: slices of a batch may come from several
+            each = [value for value, layout in zip(values, layouts, strict=True) for _ in layout.grids]
+            parts[name] = np.stack([*each, *each[-1:] * (S - len(each))])
+        else:
+            parts[name] = pad_slices(values, layouts, S, P)
     grid = np.pad(found.grid, ((0, S - len(found.grid)), (0, 0)), constant_values=1)
     tables = [table // found.num_tokens * num_tokens + table % found.num_tokens for table in found.tables]
-    return patches, grid, num_tokens, tables
+    return parts, grid, num_tokens, tables
 
 
 def padded(size: int, step: int = 1, steps: int = 4, most: int | None = None) -> int:

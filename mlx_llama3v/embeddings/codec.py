@@ -7,8 +7,7 @@ concatenated into one tensor of a shard and any picture can be read alone.
 Trained towers have outlier channels, large in spread or in mean; one scale a token would spend its levels on
 them. So `int8` and `int4` first normalise every channel with an offset and a scale that are fitted once, to a sample
 (sample.py), and written into every shard: those are the parts that begin with "channel." and have one row.
-`encode` is written once for NumPy and MLX: a GPU codes what it has just embedded. Training decodes with NumPy, in
-the thread that reads ahead: a CPU core has time for that while a GPU is at work on the step.
+`decode` is written once for NumPy and MLX: training sends codes to the device and dequantizes them there.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ class Codec(Protocol):
     def encode(self, values: Any, channels: Parts, xp: Any = np) -> dict[str, Any]:
         """Float values [..., N, D] -> parts [..., N, x] to be written; `xp` is numpy or mlx.core."""
 
-    def decode(self, parts: Parts) -> np.ndarray:
-        """Parts [..., N, x] and channel parts [..., 1, D] -> values [..., N, D], float16 or float32."""
+    def decode(self, parts: Parts, xp: Any = np) -> Any:
+        """Parts [..., N, x] and channel parts [..., 1, D] -> values [..., N, D]; `xp` is numpy or mlx.core."""
 
     def rows(self, width: int) -> dict[str, tuple[type, int]]:
         """Type and columns of every part, for embeddings of `width` values."""
@@ -82,7 +81,7 @@ class Float16(_Sized):
         """See Codec."""
         return {"patches": saturate(values, xp)}
 
-    def decode(self, parts: Parts) -> np.ndarray:
+    def decode(self, parts: Parts, xp: Any = np) -> Any:
         """See Codec; float16."""
         return parts["patches"]
 
@@ -105,9 +104,9 @@ class Int8(_Sized):
         normal, scale = _normalise(values, channels, 127, xp)
         return {"codes": xp.clip(xp.round(normal), -127, 127).astype(xp.int8), "scales": scale}
 
-    def decode(self, parts: Parts) -> np.ndarray:
+    def decode(self, parts: Parts, xp: Any = np) -> Any:
         """See Codec; float32."""
-        codes, scale = parts["codes"].astype(np.float32), parts["scales"].astype(np.float32)
+        codes, scale = parts["codes"].astype(xp.float32), parts["scales"].astype(xp.float32)
         return codes * scale * parts["channel.scale"] + parts["channel.offset"]
 
     def rows(self, width: int) -> dict[str, tuple[type, int]]:
@@ -150,14 +149,14 @@ class Int4(_Sized):
         codes = xp.moveaxis(codes[::2] & 15 | codes[1::2] << 4, 0, -1).reshape(*lead, groups * _GROUP // 2)
         return {"codes": codes, "groups": power, "scales": scale}
 
-    def decode(self, parts: Parts) -> np.ndarray:
+    def decode(self, parts: Parts, xp: Any = np) -> Any:
         """See Codec; float32."""
         packed, lead = parts["codes"], parts["codes"].shape[:-1]
         groups = parts["groups"].shape[-1]
-        codes = np.stack([packed & 15, packed >> 4], -1).reshape(*lead, groups, _GROUP)
-        signed = ((codes ^ 8).astype(np.float32) - 8) * _GROUP_SCALES[parts["groups"]][..., None]
+        codes = xp.stack([packed & 15, packed >> 4], -1).reshape(*lead, groups, _GROUP)
+        signed = ((codes ^ 8).astype(xp.float32) - 8) * _table(xp)[parts["groups"]][..., None]
         width = parts["channel.scale"].shape[-1]
-        values = signed.reshape(*lead, groups * _GROUP)[..., :width] * parts["scales"].astype(np.float32)
+        values = signed.reshape(*lead, groups * _GROUP)[..., :width] * parts["scales"].astype(xp.float32)
         return values * parts["channel.scale"] + parts["channel.offset"]
 
     def rows(self, width: int) -> dict[str, tuple[type, int]]:

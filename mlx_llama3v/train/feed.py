@@ -1,4 +1,4 @@
-"""The batches of a run, in order, read and decoded ahead of the step that needs them."""
+"""The batches of a run, in order, read ahead of the step that needs them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import sha256
 
+import mlx.core as mx
+
 from mlx_llama3v.config import ModelConfig
 from mlx_llama3v.data.batches import Batch, Order, collate
 from mlx_llama3v.data.records import Problem
@@ -14,7 +16,7 @@ from mlx_llama3v.data.rows import Row
 from mlx_llama3v.embeddings.store import Reader
 from mlx_llama3v.train.config import TrainConfig
 
-_AHEAD = 2  # batches that are read and decoded while a step computes
+_AHEAD = 2  # batches that are read while a step computes
 
 
 class Feed:
@@ -47,6 +49,7 @@ class Feed:
         self.total = config.iters * self._accumulate or config.epochs * self.per_epoch
         self.steps = -(-self.total // self._accumulate)
         self.unseen: dict[str, Problem] = {}
+        self._waiting = deque[Future[list[Batch]]]()
 
     def first(self, step: int) -> int:
         """The first batch of `step`; the last step may have fewer batches than the others."""
@@ -63,8 +66,8 @@ class Feed:
         Raises StoreError.
         """
         numbers, ahead = range(self.first(step), self.total), self._begin()
+        self._waiting = waiting = deque[Future[list[Batch]]]()
         self._store.expect((n, [name for row in ahead.rows(n) for name in row.images]) for n in numbers)
-        waiting: deque[Future[list[Batch]]] = deque()
         pool = ThreadPoolExecutor(1, "batches")
         try:
             for number in numbers:
@@ -76,6 +79,12 @@ class Feed:
         finally:
             self._store.leave()
             pool.shutdown(cancel_futures=True)
+
+    def decode_next(self) -> None:
+        """Let the device make embeddings of the next batch's codes, if those have been read; returns at once."""
+        following = self._waiting[0] if self._waiting else None
+        if following is not None and following.done() and following.exception() is None:
+            decode(following.result())
 
     def _collate(self, number: int) -> list[Batch]:
         """The parts have like lengths: the rows of a batch are sorted, and dealt in turn."""
@@ -92,6 +101,13 @@ class Feed:
 
     def _begin(self) -> _Walk:
         return _Walk(self._rows, self._config, self._rank, self._ranks)
+
+
+def decode(parts: Sequence[Batch]) -> list[mx.array]:
+    """Embeddings of all pictures of a batch, which the device makes of the codes meanwhile."""
+    made = [part.patches for part in parts if part.patches is not None]
+    mx.async_eval(made)
+    return made
 
 
 class _Walk:

@@ -37,7 +37,7 @@ from mlx_llama3v.text.tokens import Tokens
 from mlx_llama3v.train import resume as checkpointing
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.train.evaluate import Evaluator, hold_out
-from mlx_llama3v.train.feed import Feed
+from mlx_llama3v.train.feed import Feed, decode
 from mlx_llama3v.train.lora import Trainable, adapter_weights, prepare
 from mlx_llama3v.train.memory import fitted, job_of, longest_row
 from mlx_llama3v.train.optim import adamw, learning_rate
@@ -316,12 +316,16 @@ class _Run:
         first = self.feed.first(number)
         for batch, parts in enumerate(islice(batches, self.feed.first(number + 1) - first), first):
             mx.random.seed(self.feed.seed(batch))
-            for part, running in [(part, side.start(partial(step.gradients, part))) for part in parts]:
+            mx.eval(decode(parts))  # that of the first batch alone is still to be done
+            at_work = [(part, side.start(partial(step.gradients, part))) for part in parts]
+            self.feed.decode_next()
+            for part, running in at_work:
                 found = running.result()
                 total = found if total is None else add(total, found)
                 mx.eval(total)  # or the gradients of all parts of the step would wait for the last one
                 seen.append((found[0], part.row_ids))
                 own.see(part)
+            at_work.clear()  # or their gradients would wait for the next batch's
         return total or step.nothing(), seen, own
 
     def _not_a_number(
