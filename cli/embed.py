@@ -54,8 +54,9 @@ def embed(
         Path,
         typer.Option(
             "--data",
-            help="LLaVA-format JSON or JSONL, a folder of pictures, parquet (images + messages), a `save_to_disk` "
-            "folder, or tar shards; a file, a folder or a pattern such as 'shard-{000..010}.tar'.",
+            help="LLaVA-format JSON or JSONL, a folder of pictures (with captions: a.txt beside a.jpg, metadata.jsonl "
+            "or .csv), parquet (images + messages), a `save_to_disk` folder, or tar shards; a file, a folder or a "
+            "pattern such as 'shard-{000..010}.tar'.",
             show_default=False,
         ),
     ],

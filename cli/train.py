@@ -46,7 +46,8 @@ Data = Annotated[
     Path,
     typer.Option(
         "--data",
-        help="What `embed` was given: LLaVA-format JSON or JSONL, parquet, a save_to_disk folder, tar shards.",
+        help="What `embed` was given: LLaVA-format JSON or JSONL, a folder of captioned pictures, parquet, a "
+        "save_to_disk folder, tar shards.",
         show_default=False,
     ),
 ]

@@ -58,6 +58,10 @@ def train_stage(
     records = read_data(data)
     if not records.records:
         why = f"; the first problem: {records.problems[0]}" if records.problems else ""
+        if records.held and not why:
+            why = (
+                ": its pictures have no captions (a.txt beside a.jpg, or file_name and text in metadata.jsonl or .csv)"
+            )
         raise DataError(f"{data} has no record to train on{why}.")
     if config.stage == "pretrain" and not any(record.images for record in records.records):
         raise DataError(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
+from mlx_llama3v.data.captions import folder_records
 from mlx_llama3v.data.folder import PICTURES, files_below, folder_images
 from mlx_llama3v.data.hf import Table, arrow_files, is_saved, read_table
 from mlx_llama3v.data.llava import read_records, search_folders
@@ -68,7 +69,7 @@ def read_data(path: str | Path, *, allow_outside: bool = False) -> DataSet:
     | a folder that `save_to_disk` wrote | the same |
     | .tar, a folder of them | WebDataset shards (webdataset.py) |
     | a pattern (`train-*.parquet`, `shard-{000..010}.tar`) | what it matches |
-    | any other folder | its pictures, without conversations |
+    | any other folder | its pictures, with what stands beside them (captions.py) |
 
     With `allow_outside`, links in a folder of pictures to folders elsewhere are followed.
 
@@ -149,7 +150,8 @@ def _read_folder(folder: Path, allow_outside: bool) -> DataSet:
         kinds.setdefault(kind[0], []).append(file)
     if not kinds:
         pictures, problems = folder_images(folder, allow_outside=allow_outside)
-        return DataSet(folder, problems=tuple(problems), held=dict(pictures), home=folder)
+        records, unfit = folder_records(folder, pictures, allow_outside=allow_outside)
+        return DataSet(folder, tuple(records), (*problems, *unfit), dict(pictures), folder)
     if len(kinds) > 1 or files_below(folder, PICTURES)[0]:
         raise DataError(f"{folder} holds {' and '.join(kinds)} files beside others; give a pattern, as {folder}/*.tar.")
     ending, files = next(iter(kinds.items()))

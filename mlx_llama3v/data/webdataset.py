@@ -7,7 +7,6 @@ Problem, since its picture may be lost, unless it is named as what describes a w
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,16 +14,15 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mlx_llama3v.data.beside import MOST_TEXT, TEXTS, Unfit, row_beside
 from mlx_llama3v.data.folder import PICTURES, unreadable
-from mlx_llama3v.data.llava import caption_row, read_row
+from mlx_llama3v.data.llava import read_row
 from mlx_llama3v.data.records import Problem, Record
 from mlx_llama3v.data.sources import FilePart
 from mlx_llama3v.errors import DataError
 from mlx_llama3v.source import Source
 
-TEXTS = (".txt", ".caption", ".cap")
 _ABOUT = ("authors", "changelog", "citation", "copying", "copyright", "licence", "license", "notice", "readme")
-_MOST_TEXT = 16 << 20  # bytes of one caption or conversation
 _Member = tuple[str, tuple[int, int], bytes | None]  # name, offset and size in the shard, content where it is text
 
 
@@ -164,8 +162,8 @@ def _refusal(member: tarfile.TarInfo, length: int) -> str:
         return "the shard ends in the middle of it"
     if member.issparse():
         return "it is a sparse file; expected a plain one"
-    if _ending(member.name) not in PICTURES and member.size > _MOST_TEXT:
-        return f"it has {member.size} bytes of text, more than {_MOST_TEXT}"
+    if _ending(member.name) not in PICTURES and member.size > MOST_TEXT:
+        return f"it has {member.size} bytes of text, more than {MOST_TEXT}"
     return ""
 
 
@@ -175,35 +173,7 @@ def _row(sample: _Sample, where: str, problems: list[Problem]) -> Any:
     if not pictures and [*sample.texts] == ["txt"] and PurePosixPath(sample.key).name.lower() in _ABOUT:
         return None
     try:
-        values = json.loads(sample.texts["json"]) if "json" in sample.texts else {}
-        text = sample.texts["txt"].decode("utf-8-sig") if "txt" in sample.texts else None
-    except (ValueError, RecursionError) as error:
-        problems.append(Problem(where, f"its text is not readable ({error})"))
+        return row_beside(pictures, sample.texts)
+    except Unfit as error:
+        problems.append(Problem(where, str(error)))
         return None
-    if isinstance(values, list):
-        values = {"conversations": values}
-    if isinstance(values, dict) and ("conversations" in values or "messages" in values):
-        named = _matched(values.get("image", values.get("images")), pictures)
-        if named is None:
-            problems.append(Problem(where, "its conversation names other pictures than it holds"))
-            return None
-        return {**values, "image": None, "images": named}
-    caption = text if text is not None else values.get("caption") if isinstance(values, dict) else None
-    if not isinstance(caption, str):
-        return None
-    if not pictures:
-        problems.append(Problem(where, "its text has no picture next to it in the shard; sort the shard by name"))
-        return None
-    return caption_row(pictures, caption)
-
-
-def _matched(named: Any, pictures: list[str]) -> list[str] | None:
-    """The sample's own pictures for the names in its conversation: by file name, else in their order."""
-    names = [named] if isinstance(named, str) else named
-    if not isinstance(names, list) or not names:
-        return pictures
-    files = {PurePosixPath(picture).name: picture for picture in pictures}
-    found = [files.get(PurePosixPath(name).name) if isinstance(name, str) else None for name in names]
-    if all(found):
-        return [picture for picture in found if picture]
-    return pictures if len(names) == len(pictures) else None
