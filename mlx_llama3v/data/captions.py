@@ -78,24 +78,27 @@ def _found(
 def _words(picture: Path, beside: set[str], root: str | None) -> dict[str, bytes]:
     """Contents of the files that are named as the picture, by kind. Raises Unfit."""
     found: dict[str, bytes] = {}
-    stem = os.path.splitext(picture.name)[0]
+    folder, base = os.path.split(picture)
+    stem = os.path.splitext(base)[0]
     for ending, kind in _KINDS.items():
         if kind not in found and stem + ending in beside:
-            file = picture.with_name(stem + ending)
+            name, file = stem + ending, os.path.join(folder, stem + ending)
             if _leaves(file, root):
-                raise Unfit(f"{file.name} is a link to a file outside: --allow-outside follows it")
+                raise Unfit(f"{name} is a link to a file outside: --allow-outside follows it")
             try:
-                if (size := file.stat().st_size) > MOST_TEXT:
-                    raise Unfit(f"{file.name} has {size} bytes of text, more than {MOST_TEXT}")
-                found[kind] = file.read_bytes()
+                with open(file, "rb") as opened:
+                    found[kind] = opened.read(MOST_TEXT + 1)
             except OSError as error:
-                raise Unfit(f"{file.name} cannot be read: {error.strerror or error}") from error
+                raise Unfit(f"{name} cannot be read: {error.strerror or error}") from error
+            if len(found[kind]) > MOST_TEXT:
+                raise Unfit(f"{name} has more than {MOST_TEXT} bytes of text")
     return found
 
 
-def _leaves(file: Path, root: str | None) -> bool:
+def _leaves(file: str | Path, root: str | None) -> bool:
     """Whether a file is a link that leads out of a folder; never where that is None."""
-    return root is not None and file.is_symlink() and not os.path.realpath(file).startswith(root.rstrip("/") + os.sep)
+    inside = root is None or not os.path.islink(file)
+    return not inside and not os.path.realpath(file).startswith(str(root).rstrip(os.sep) + os.sep)
 
 
 def _tables(

@@ -29,11 +29,10 @@ def folder_images(folder: str | Path, *, allow_outside: bool = False) -> tuple[d
     for name, file in sorted((file.relative_to(folder).as_posix(), file) for file in files):
         if why := unreadable(name):
             problems.append(Problem(name, why))
-        elif name.lower().endswith(PICTURES):
-            if os.path.isfile(file):
-                found[name] = file
-            else:
-                problems.append(Problem(name, "it is a broken link, no file, or must not be read"))
+        elif os.path.isfile(file):
+            found[name] = file
+        else:
+            problems.append(Problem(name, "it is a broken link, no file, or must not be read"))
     if not found:
         why = f"; the first problem: {problems[0]}" if problems else ""
         raise DataError(f"{folder} holds no picture ({', '.join(PICTURES)}){why}.")
@@ -46,8 +45,13 @@ def unreadable(name: str) -> str:
     return f"{ending} is a format that cannot be read; make a JPEG or PNG of it" if ending in _UNREADABLE else ""
 
 
+def _looks(name: str) -> bool:
+    return name.lower().endswith((*PICTURES, *_UNREADABLE))
+
+
 def _walk(folder: Path, allow_outside: bool) -> tuple[list[Path], list[Problem]]:
-    """All files that are not hidden. Every real folder is entered once, by its own name where it has one here."""
+    """All files that look like pictures and are not hidden. Every real folder is entered once, by its own name where it
+    has one here."""
     root, seen = os.path.realpath(folder), set[str]()
     files: list[Path] = []
     problems: list[Problem] = []
@@ -63,7 +67,7 @@ def _walk(folder: Path, allow_outside: bool) -> tuple[list[Path], list[Problem]]
             real = os.path.realpath(place)
             folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in seen)
             if real not in seen:
-                files += [Path(place, name) for name in names if not name.startswith(".")]
+                files += [Path(place, name) for name in names if not name.startswith(".") and _looks(name)]
                 waiting += [Path(place, name) for name in folders if os.path.islink(os.path.join(place, name))]
             seen.add(real)
     return files, problems
