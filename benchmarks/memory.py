@@ -41,7 +41,7 @@ from mlx_llama3v.tensors import parameters
 from mlx_llama3v.train.config import TrainConfig
 from mlx_llama3v.train.lora import prepare
 from mlx_llama3v.train.loss import CHUNK_BYTES, GPU_CHUNKS
-from mlx_llama3v.train.memory import kept, training_job
+from mlx_llama3v.train.memory import projection, training_job
 from mlx_llama3v.train.optim import adamw
 from mlx_llama3v.train.step import Step
 
@@ -210,7 +210,7 @@ def compare(kind: str, size: Size, way: str = "") -> list[dict[str, Any]]:
 
 def llama3_8b(recompute: bool, stage: str) -> TrainJob:
     """One row of 1024 tokens on a GPU; 0.56 bytes a weight (4 bits, and a scale and bias of 16 for each 64)."""
-    d, rank, tokens = LLAMA3_8B, 16, 7 * 729
+    d, rank = LLAMA3_8B, 16
     q, kv, middle = d.heads * d.head_dim, d.kv_heads * d.head_dim, d.intermediate
     linear = d.hidden * (2 * q + 2 * kv + 3 * middle) * d.layers + 2 * d.vocab * d.hidden
     projector = ProjectorConfig()
@@ -230,8 +230,7 @@ def llama3_8b(recompute: bool, stage: str) -> TrainJob:
         recompute=recompute,
         chunk=GPU_CHUNKS * CHUNK_BYTES,
         targets=512,
-        patches=2 * tokens * projector.in_dim,
-        projector=0 if adapted else 2 * 7 * kept(projector, 729),
+        **projection(projector, 7, 729, 2, learns=not adapted, scores=True),
         sums=2,
     )
 

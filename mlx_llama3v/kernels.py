@@ -15,6 +15,7 @@ MLX's kernels cover) never writes the [P, P] scores.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -58,19 +59,42 @@ def attend(q: mx.array, k: mx.array, v: mx.array, heads: int, mask: mx.array | N
 
 
 def _attend_in_parts(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None) -> mx.array:
-    """softmax(q k^T) v over [B, H, L, d], so many heads at a time that their scores stay in the caches."""
+    """softmax(q k^T) v over [B, H, L, d], so many heads at a time that their scores stay in the caches.
+
+    On the way back, too, where the scores are computed again: else all are kept, and the gradient of each part would be
+    an array of the whole, so that 28 slices took nine times as long as 7.
+    """
     shape, heads = q.shape, q.shape[1]
     q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
     keys = None if mask is None else mx.repeat(mask, heads, axis=0)[..., None]
     step = max(1, _SCORES // (q.shape[1] * k.shape[1]))
-    parts: list[mx.array] = []
-    for n in range(0, len(q), step):
-        at = slice(n, n + step)
-        queries = q[at]
-        if parts:  # one after the other: MLX would compute all scores first, then all of their exponentials
-            queries = mx.depends([queries], [parts[-1]])[0]
-        parts.append(_attend_heads(queries, k[at], v[at], None if keys is None else keys[at]))
-    return (parts[0] if len(parts) == 1 else mx.concatenate(parts)).reshape(shape)
+    places = [slice(n, n + step) for n in range(0, len(q), step)]
+    if len(places) == 1:
+        return _attend_heads(q, k, v, keys).reshape(shape)
+
+    def heads_of(at: slice) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
+        return lambda q, k, v: _attend_heads(q, k, v, None if keys is None else keys[at])
+
+    @mx.custom_function
+    def attended(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        parts: list[mx.array] = []
+        for at in places:
+            # One after the other: MLX would compute all scores first, then all of their exponentials.
+            queries = mx.depends([q[at]], [parts[-1]])[0] if parts else q[at]
+            parts.append(heads_of(at)(queries, k[at], v[at]))
+        return mx.concatenate(parts)
+
+    @attended.vjp
+    def back(primals: list[mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
+        parts: list[list[mx.array]] = []
+        for at in places:
+            given = [cotangent[at], *parts[-1]] if parts else [cotangent[at]]
+            start = mx.depends([given[0]], given[1:])[0] if parts else given[0]
+            parts.append(mx.vjp(heads_of(at), [x[at] for x in primals], [start])[1])
+        return tuple(mx.concatenate(list(gradients)) for gradients in zip(*parts, strict=True))
+
+    found: Any = attended(q, k, v)
+    return found.reshape(shape)  # type: ignore[no-any-return]
 
 
 def _attend_heads(q: mx.array, k: mx.array, v: mx.array, keys: mx.array | None) -> mx.array:

@@ -73,8 +73,9 @@ class TrainJob:
     recompute: bool  # a block keeps its input alone
     chunk: int  # bytes of logits at once
     targets: int  # positions of a row that have a target, at most
-    patches: int = 0  # numbers of embeddings of a row
+    patches: int = 0  # bytes of embeddings a row: of the batch at work and of those read ahead
     projector: int = 0  # bytes a row that the projector keeps for its backward pass
+    projecting: int = 0  # bytes a row that come and go while the projector is at work
     lanes: int = 1  # parts of the batch that are computed side by side
     sums: int = 1  # sums of gradients that are held at once: 2 where batches are added up
 
@@ -133,13 +134,14 @@ def training_memory(job: TrainJob) -> Memory:
         in_mlp, in_attention = _on_top(job, other if whole else None, recompute=job.recompute)
         peaks += [block + mlp + in_mlp, block + in_attention]
     held = 4 * (2 + job.sums) * job.learned
+    projector = job.rows * job.projector
     # AdamW's update has gradients and means, and makes new weights and means beside the old ones.
     update = 4 * (3 * job.learned + 3 * job.updated) - held
     return Memory(
         weights=job.weights,
         learning=held,
-        activations=max(update, round(max(peaks)) + job.rows * job.projector),
-        patches=(_READ * 2 + 4 + job.width) * job.rows * job.patches,
+        activations=max(update, round(max(peaks)) + projector, job.rows * job.projecting + projector),
+        patches=job.rows * job.patches,
     )
 
 
@@ -228,9 +230,6 @@ def at_once(sizes: Sequence[int]) -> int:
 
 
 _SHARE = 0.75  # of the memory: the rest is for the system, for what else runs, and for what is reckoned too low
-# Batches in float16 or as codes: the one at work, of which the step makes its own numbers, and two that are read ahead,
-# one of them being decoded, by way of float32.
-_READ = 3
 
 
 def memory_limit() -> int:

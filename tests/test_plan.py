@@ -11,7 +11,10 @@ import pytest
 
 from benchmarks.memory import LLAMA3_8B, WAYS, llama3_8b, measure
 from mlx_llama3v import plan
+from mlx_llama3v.config import ProjectorConfig
 from mlx_llama3v.errors import RunError
+from mlx_llama3v.platform import device_name
+from mlx_llama3v.projector import Projector
 from mlx_llama3v.tensors import parameters
 from mlx_llama3v.train import memory
 from mlx_llama3v.train.config import TrainConfig
@@ -41,6 +44,32 @@ def test_the_estimate_knows_every_way_of_tuning(way: str, recompute: bool) -> No
     peak, job = measure(SIZE, "sft", recompute, begins=0.8, **WAYS[way])
     assert plan.training_memory(job).total == pytest.approx(peak, rel=0.1)
     gc.collect()
+
+
+@pytest.mark.skipif(device_name() != "cpu", reason="fitted on a CPU")
+@pytest.mark.parametrize("slices", [16, 48])
+@pytest.mark.parametrize(
+    "kind", [ProjectorConfig("attention", 256, 64, 128, num_heads=4), ProjectorConfig("mlp", 256, 384)]
+)
+def test_the_estimate_knows_what_a_projector_takes(kind: ProjectorConfig, slices: int) -> None:
+    """It grows with the number of slices, not with its square; of scores a few parts of 4 MB are there at a time."""
+    projector, patches = Projector(kind), mx.random.normal((slices, 729, kind.in_dim)).astype(mx.float16)
+    grid = mx.full((slices, 2), 27, mx.int32)
+    mx.eval(projector.parameters(), patches, grid)
+
+    def loss(values: Any) -> mx.array:
+        projector.update(values)
+        return projector(patches.astype(mx.float32), grid, kind.num_tokens((27, 27))).sum()
+
+    gc.collect()
+    held = mx.get_active_memory()
+    mx.reset_peak_memory()
+    gradients = mx.grad(loss)(projector.trainable_parameters())
+    mx.eval(gradients)
+    learned = sum(value.nbytes for value in parameters(projector).values())
+    taken = mx.get_peak_memory() - held - learned
+    said = memory.projection(kind, slices, 729, 4, learns=True, scores=False)
+    assert said["projector"] + said["projecting"] + 4 * patches.size == pytest.approx(taken, rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])

@@ -14,6 +14,7 @@ from mlx_llama3v.data.batches import LENGTHS, padded
 from mlx_llama3v.data.rows import Row, Rows
 from mlx_llama3v.model import Llama3V
 from mlx_llama3v.plan import INPUTS, Decoder, Learning, TrainJob, at_once, largest_batch, linear, memory_limit
+from mlx_llama3v.platform import device_name
 from mlx_llama3v.tensors import parameters
 from mlx_llama3v.train.config import MOST_ROWS, STAGES, TrainConfig
 from mlx_llama3v.train.feed import pad_to
@@ -81,8 +82,7 @@ def training_job(
         recompute=config.grad_checkpoint,
         chunk=chunk_bytes(),
         targets=length if targets is None else targets,
-        patches=len(patches) * most * projector.in_dim,
-        projector=width * len(patches) * kept(projector, most) if learns else 0,
+        **projection(projector, len(patches), most, width, learns=learns, scores=device_name() != "cpu"),
         lanes=max(1, config.lanes),
         sums=2 if config.grad_accumulation_steps > 1 or config.lanes > 1 or config.rows_per_step else 1,
     )
@@ -106,13 +106,31 @@ def fitted(config: TrainConfig, model: Llama3V, rows: Rows, longest: Row, ranks:
     return replace(config, batch_size=batch_size).resolved()
 
 
-def kept(projector: ProjectorConfig, patches: int) -> int:
-    """Numbers that the projector keeps of one slice for its backward pass."""
+_READ = 3  # batches, in float16 or as codes: the one at work, and two that are read ahead
+
+
+def projection(
+    projector: ProjectorConfig, slices: int, patches: int, width: int, *, learns: bool, scores: bool
+) -> dict[str, int]:
+    """The bytes of a TrainJob that pictures take: a row of `slices` of that many patches; an activation has `width`.
+
+    What is on top while the projector is at work is fitted to projectors alone, of 196 and 729 patches a slice.
+    `scores`: those of attention are kept for the way back, as on a GPU (kernels.py computes them again on a CPU).
+    """
     hidden, out = projector.hidden_dim, projector.out_dim
+    numbers = slices * patches * projector.in_dim
     if projector.kind == "attention":  # a block: 9 arrays, 3 of four times the width, and the probabilities
-        block = patches * 21 * hidden + projector.num_heads * patches**2
-        return projector.num_layers * block + 3 * patches * hidden
-    return patches * (projector.in_dim + 4 * out)
+        probabilities = projector.num_heads * patches**2 * scores * learns
+        kept = projector.num_layers * (patches * 21 * hidden + probabilities) + 3 * patches * hidden
+        on_top = 17 * patches * hidden + probabilities
+    else:
+        kept, on_top = {"linear": (1, 2)}.get(projector.kind, (5, 6))
+        kept, on_top = kept * patches * out, on_top * patches * out
+    return {
+        "patches": (_READ * 2 + width * learns) * numbers,  # its own numbers it keeps only where it learns
+        "projector": width * slices * kept * learns,
+        "projecting": width * (slices * on_top + numbers * (not learns)),
+    }
 
 
 def _decoder(model: Llama3V) -> Decoder:
