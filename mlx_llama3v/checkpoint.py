@@ -280,7 +280,7 @@ def check_run(directory: str | Path, run: str | Path) -> None:
     `run` may be its projector.safetensors. What one of the two does not say is not compared. Raises CheckpointError.
     """
     facts = _facts(run)
-    if not same_marks(str(facts.get("store", {}).get(MARKS, "")), tower_marks(directory)):
+    if not same_marks(facts.get("store", {}).get(MARKS), tower_marks(directory)):
         own = f": {facts['model_path']}" if facts.get("model_path") else ""
         raise CheckpointError(
             f"{run} learned from pictures as another vision tower sees them than that of {directory}, though one of "
@@ -291,7 +291,7 @@ def check_run(directory: str | Path, run: str | Path) -> None:
 def same_decoder(directory: str | Path, run: str | Path) -> bool:
     """Whether a run (or that of a projector.safetensors) was trained with this model's decoder, or does not say."""
     found = read_tensors(resolve(directory), ("language_model.",))
-    return same_marks(str(_facts(run).get("decoder", "")), marks(found))
+    return same_marks(_facts(run).get("decoder"), marks(found))
 
 
 def tower_marks(directory: str | Path) -> str:

@@ -199,7 +199,7 @@ def _check_store(store: Reader, path: Path, config: ModelConfig, model: Path) ->
     made = replace(store.manifest, fingerprint={key: store.manifest.fingerprint.get(key) for key in expected})
     if what := made.differences({"fingerprint": expected}):
         raise StoreError(f"{path} was made for another model than {model}: {what}; embed with this one.")
-    if not same_marks(store.manifest.fingerprint.get(MARKS, ""), tower_marks(model)):
+    if not same_marks(store.manifest.fingerprint.get(MARKS), tower_marks(model)):
         raise StoreError(
             f"{path} was made with another vision tower than that of {model}, though one of the same sizes; embed with "
             "this one, or train the model that it was made with."

@@ -227,11 +227,17 @@ def marks(tensors: Mapping[str, mx.array]) -> str:
     return " ".join(f"{vectors[place][vectors[place].size // 2].item():.5g}" for place in places)
 
 
-def same_marks(left: str, right: str) -> bool:
-    """Whether both may be of the same weights: equal but for the rounding to 16 bits, or one of them unknown."""
-    if not left or not right:
+def same_marks(left: Any, right: str) -> bool:
+    """Whether both may be of the same weights: equal but for the rounding to 16 bits, or one of them unknown.
+
+    `left` comes out of a JSON file: what is no marks is unknown.
+    """
+    try:
+        a, b = (np.array(text.split(), np.float64) for text in (left, right))
+    except (AttributeError, ValueError):
         return True
-    a, b = (np.array(text.split(), np.float64) for text in (left, right))
+    if not a.size or not b.size:
+        return True
     return len(a) == len(b) and bool(np.allclose(a, b, rtol=2**-7, atol=1e-6, equal_nan=True))
 
 
