@@ -88,8 +88,7 @@ def _attend_in_parts(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | Non
     def back(primals: list[mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
         parts: list[list[mx.array]] = []
         for at in places:
-            given = [cotangent[at], *parts[-1]] if parts else [cotangent[at]]
-            start = mx.depends([given[0]], given[1:])[0] if parts else given[0]
+            start = mx.depends([cotangent[at]], parts[-1])[0] if parts else cotangent[at]
             parts.append(mx.vjp(heads_of(at), [x[at] for x in primals], [start])[1])
         return tuple(mx.concatenate(list(gradients)) for gradients in zip(*parts, strict=True))
 

@@ -124,7 +124,7 @@ def projection(
         kept = projector.num_layers * (patches * 21 * hidden + probabilities) + 3 * patches * hidden
         on_top = 17 * patches * hidden + probabilities
     else:
-        kept, on_top = {"linear": (1, 2)}.get(projector.kind, (5, 6))
+        kept, on_top = {"linear": (1, 2), "stored": (0, 0)}.get(projector.kind, (5, 6))
         kept, on_top = kept * patches * out, on_top * patches * out
     return {
         "patches": (_READ * 2 + width * learns) * numbers,  # its own numbers it keeps only where it learns
