@@ -82,7 +82,9 @@ def training_job(
         recompute=config.grad_checkpoint,
         chunk=chunk_bytes(),
         targets=length if targets is None else targets,
-        **projection(projector, len(patches), most, width, learns=learns, scores=device_name() != "cpu"),
+        **projection(
+            projector, len(patches), most, width, learns=learns, scores=device_name() != "cpu", lanes=config.lanes
+        ),
         lanes=max(1, config.lanes),
         sums=2 if config.grad_accumulation_steps > 1 or config.lanes > 1 or config.rows_per_step else 1,
     )
@@ -110,7 +112,7 @@ _READ = 3  # batches, in float16 or as codes: the one at work, and two that are 
 
 
 def projection(
-    projector: ProjectorConfig, slices: int, patches: int, width: int, *, learns: bool, scores: bool
+    projector: ProjectorConfig, slices: int, patches: int, width: int, *, learns: bool, scores: bool, lanes: int = 1
 ) -> dict[str, int]:
     """The bytes of a TrainJob that pictures take: a row of `slices` of that many patches; an activation has `width`.
 
@@ -123,13 +125,15 @@ def projection(
         probabilities = projector.num_heads * patches**2 * scores * learns
         kept = projector.num_layers * (patches * 21 * hidden + probabilities) + 3 * patches * hidden
         on_top = 17 * patches * hidden + probabilities
+        if not learns:  # less of it where lanes go piece by piece
+            on_top = max((18 if lanes == 1 else 13) * patches * hidden, patches * (projector.in_dim + 4 * hidden))
     else:
         kept, on_top = {"linear": (1, 2), "stored": (0, 0)}.get(projector.kind, (5, 6))
-        kept, on_top = kept * patches * out, on_top * patches * out
+        kept, on_top = kept * patches * out, on_top * patches * out + (0 if learns else patches * projector.in_dim)
     return {
         "patches": (_READ * 2 + width * learns) * numbers,  # its own numbers it keeps only where it learns
         "projector": width * slices * kept * learns,
-        "projecting": width * (slices * on_top + numbers * (not learns)),
+        "projecting": width * slices * on_top,
     }
 
 
