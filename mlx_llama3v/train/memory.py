@@ -69,6 +69,7 @@ def training_job(
     adapters = 0 if full else _adapters(config, decoder, decoder_learns)
     learned = adapters + sum(sizes)
     frozen = sum(value.nbytes for value in parameters(model).values()) - sum(value.nbytes for value in values)
+    lanes = min(config.lanes, config.batch_size) or config.lanes  # a batch of one row has one part
     return TrainJob(
         decoder=decoder,
         weights=frozen + 4 * learned,
@@ -82,9 +83,7 @@ def training_job(
         recompute=config.grad_checkpoint,
         chunk=chunk_bytes(),
         targets=length if targets is None else targets,
-        **projection(
-            projector, len(patches), most, width, learns=learns, scores=device_name() != "cpu", lanes=config.lanes
-        ),
+        **projection(projector, len(patches), most, width, learns=learns, scores=device_name() != "cpu", lanes=lanes),
         lanes=max(1, config.lanes),
         sums=2 if config.grad_accumulation_steps > 1 or config.lanes > 1 or config.rows_per_step else 1,
     )
@@ -126,7 +125,7 @@ def projection(
         kept = projector.num_layers * (patches * 21 * hidden + probabilities) + 3 * patches * hidden
         on_top = 17 * patches * hidden + probabilities
         if not learns:  # less of it where lanes go piece by piece
-            on_top = max((18 if lanes == 1 else 13) * patches * hidden, patches * (projector.in_dim + 4 * hidden))
+            on_top = max((13 if lanes > 1 else 20) * patches * hidden, patches * (projector.in_dim + 4 * hidden))
     else:
         kept, on_top = {"linear": (1, 2), "stored": (0, 0)}.get(projector.kind, (5, 6))
         kept, on_top = kept * patches * out, on_top * patches * out + (0 if learns else patches * projector.in_dim)
